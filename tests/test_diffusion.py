@@ -1,0 +1,249 @@
+"""Schedules, noising, embedding, solvers, denoiser and classifier: against diffusers and against exact mathematics."""
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize("T", [10, 1000])
+def test_schedules_agree_with_diffusers(nb, name, theirs, T):
+    ours = nb.make_schedule(nb.make_config("smoke", schedule=name, T=T))
+    oracle = diffusers.DDPMScheduler(T, beta_start=1e-4, beta_end=0.02, beta_schedule=theirs).alphas_cumprod
+    assert ours.dtype == torch.float64 and ours.shape == (T,)
+    assert 0 < ours[-1] < ours[0] < 1 and (ours.diff() < 0).all()
+    torch.testing.assert_close(ours, oracle.double(), rtol=2e-4, atol=1e-6)  # theirs is a float32 product
+
+
+def test_q_sample_has_the_stated_moments(nb):
+    alpha_bar, n = nb.linear_schedule(1000), 100_000
+    for t in (0, 250, 999):
+        eps = torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(t))
+        x_t = nb.q_sample(torch.full((n, 1, 1, 1), 0.7), torch.full((n,), t), eps, alpha_bar)
+        mean, std = math.sqrt(alpha_bar[t]) * 0.7, math.sqrt(1 - alpha_bar[t])
+        assert abs(x_t.mean() - mean) < 5 * std / math.sqrt(n)
+        assert abs(x_t.std() / std - 1) < 5 / math.sqrt(2 * n)
+
+
+def test_timestep_embedding_agrees_with_diffusers(nb):
+    t = torch.tensor([0, 1, 17, 500, 999])
+    torch.testing.assert_close(nb.timestep_embedding(t, 64), get_timestep_embedding(t, 64, downscale_freq_shift=1))
+
+
+# ---------------------------------------------------------------------------------------------- solvers
+
+
+class Wavy:
+    """A nonlinear stand-in for a network, smooth and class dependent."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, x_t, t, y):
+        return 0.9 * torch.sin(x_t + 0.3 * y.view(-1, 1, 1, 1)) + 0.1 * torch.cos(t / 300).view(-1, 1, 1, 1)
+
+
+def noises(seed, count, shape):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g) for _ in range(count)]
+
+
+def oracle_scheduler(solver):
+    shared = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    if solver == "dpm++":  # thresholding with these two numbers is the clamp to [-1, 1]
+        return diffusers.DPMSolverMultistepScheduler(
+            **shared, timestep_spacing="trailing", thresholding=True, sample_max_value=1.0, final_sigmas_type="zero"
+        )
+    return diffusers.DDIMScheduler(**shared, timestep_spacing="trailing", clip_sample=True, set_alpha_to_one=True)
+
+
+@pytest.mark.parametrize(("solver", "eta"), [("ddpm", 1.0), ("ddim", 0.0), ("ddim", 0.6), ("dpm++", 0.0)])
+def test_solvers_agree_with_diffusers(nb, solver, eta):
+    config = nb.make_config("smoke", T=1000)
+    model, y, steps = Wavy(config), torch.tensor([0, 3, 9]), 20
+    scheduler = oracle_scheduler(solver)
+    scheduler.set_timesteps(steps)
+    assert nb.timesteps(1000, steps).tolist() == scheduler.timesteps.tolist()
+    shape = (3, *config.image_shape)
+    draws = noises(5, steps + 1, shape)
+    x = draws[0]
+    for i, t in enumerate(scheduler.timesteps):
+        eps_hat = model(x, t.expand(3), y)
+        if solver == "dpm++":
+            x = scheduler.step(eps_hat, t, x).prev_sample
+        else:
+            noise = draws[i + 1] if eta else None
+            x = scheduler.step(eps_hat, t, x, eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
+    g = torch.Generator().manual_seed(5)  # sample draws its noise in the same order
+    ours = nb.sample(model, y, steps, solver, eta=eta, generator=g)
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+    assert x.std() > 0.1  # the comparison is not one of constants
+
+
+def test_ddpm_over_all_steps_agrees_with_the_ancestral_sampler_of_diffusers(nb):
+    config = nb.make_config("smoke", T=20)
+    scheduler = diffusers.DDPMScheduler(20, beta_start=1e-4, beta_end=0.02, clip_sample=True)
+    scheduler.set_timesteps(20)
+    model, y, shape = Wavy(config), torch.tensor([1, 2]), (2, *config.image_shape)
+    x, g = (torch.randn(shape, generator=(g := torch.Generator().manual_seed(0))), g)
+    for t in scheduler.timesteps:  # draws from g exactly when t > 0
+        x = scheduler.step(model(x, t.expand(2), y), t, x, generator=g).prev_sample
+    ours = nb.sample(model, y, 20, "ddpm", generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 999, 1000])
+def test_timesteps_start_at_the_noisiest_and_never_repeat(nb, steps):
+    t = nb.timesteps(1000, steps)
+    assert len(t) == steps and t[0] == 999 and t[-1] >= 0 and (t.diff() < 0).all()
+
+
+def test_guidance_in_one_batch_is_two_passes_and_is_skipped_at_one(nb):
+    config, calls = nb.make_config("smoke"), []
+
+    def model(x_t, t, y):
+        calls.append(len(x_t))
+        return x_t * (1 + y.view(-1, 1, 1, 1)) / 10
+
+    x_t, t, y = torch.randn(4, 3, 8, 8), torch.full((4,), 5), torch.tensor([0, 1, 2, 3])
+    model.config = config
+    null = torch.full_like(y, config.num_classes)
+    wanted = model(x_t, t, null) + 2.5 * (model(x_t, t, y) - model(x_t, t, null))
+    calls.clear()
+    torch.testing.assert_close(nb.guided_eps(model, x_t, t, y, 2.5), wanted)
+    torch.testing.assert_close(nb.guided_eps(model, x_t, t, y, 1), model(x_t, t, y))
+    assert calls == [8, 4, 4]
+
+
+def test_trajectory_and_reproducibility(nb):
+    model, y = Wavy(nb.make_config("smoke")), torch.tensor([0, 1])
+    again = [nb.sample(model, y, 6, "ddpm", generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    x_0, trace = nb.sample(model, y, 6, "ddpm", generator=torch.Generator().manual_seed(1), return_trajectory=True)
+    assert torch.equal(*again) and torch.equal(x_0, again[0])
+    assert [t for t, _, _ in trace] == nb.timesteps(1000, 6).tolist()
+    assert torch.equal(trace[-1][2], x_0)  # no noise is added at the last step
+    assert all(x_0_hat.abs().max() <= 1 for _, _, x_0_hat in trace)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [({"solver": "euler"}, "solver"), ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"eta": 2.0}, "eta")],
+)
+def test_sample_refuses_what_cannot_work(nb, wrong, names):
+    with pytest.raises(ValueError, match=names):
+        nb.sample(Wavy(nb.make_config("smoke")), torch.tensor([0]), **wrong)
+    with pytest.raises(ValueError, match="labels"):
+        nb.sample(Wavy(nb.make_config("smoke")), torch.tensor([11]))
+
+
+# ------------------------------------------------------------------------------- the exact Gaussian case
+
+
+class Gaussian:
+    """The ideal eps_hat when class y is N(mean_y, covariance) over all pixels; the null label mixes nothing (K = 1)."""
+
+    def __init__(self, nb, config, means, covariance):
+        self.nb, self.config, self.means = nb, config, means.double()
+        self.values, self.vectors = torch.linalg.eigh(covariance.double())
+        self.alpha_bar = nb.make_schedule(config)
+
+    def __call__(self, x_t, t, y):
+        a = torch.as_tensor(self.nb.alpha_bar_at(t.double().numpy(), self.alpha_bar))[:, None]
+        mean = self.means[y.clamp(max=len(self.means) - 1)]
+        centred = (x_t.flatten(1).double() - a.sqrt() * mean) @ self.vectors
+        # eps_hat = -sqrt(1-a) * score, the score of N(sqrt(a) mean, a C + (1-a) I)
+        eps_hat = (1 - a).sqrt() * (centred / (a * self.values + 1 - a)) @ self.vectors.T
+        return eps_hat.view(x_t.shape).to(x_t.dtype)
+
+
+@pytest.fixture
+def gaussian(nb):
+    config = nb.make_config("smoke", image_shape=(1, 2, 2), num_classes=1, T=1000)
+    root = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 0.08
+    covariance = root @ root.T + 0.004 * torch.eye(4)
+    return Gaussian(nb, config, torch.tensor([[0.2, -0.1, 0.0, 0.15]]), covariance), covariance
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("ddpm", 1000), ("ddim", 500), ("dpm++", 250)])
+def test_sample_reproduces_mean_and_covariance(nb, gaussian, solver, steps):
+    model, covariance = gaussian
+    y = torch.zeros(20_000, dtype=torch.int64)
+    x = nb.sample(model, y, steps, solver, generator=torch.Generator().manual_seed(0)).flatten(1).double()
+    torch.testing.assert_close(x.mean(0), model.means[0], rtol=0, atol=0.006)
+    torch.testing.assert_close(torch.cov(x.T), covariance.double(), rtol=0.08, atol=8e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.37, 1.0])
+def test_denoise_is_the_analytic_posterior_mean(nb, gaussian, sigma):
+    model, covariance = gaussian
+    noisy = torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(1)) * 0.1
+    c, mean = covariance.double(), model.means[0]
+    gain = c @ torch.linalg.inv(c + sigma**2 * torch.eye(4))
+    wanted = mean + (noisy.flatten(1).double() - mean) @ gain.T
+    ours = nb.denoise(model, noisy, sigma).flatten(1).double()
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
+
+
+def test_sampled_denoising_has_the_posterior_mean_and_covariance(nb, gaussian):
+    model, covariance = gaussian
+    sigma, c = 0.15, covariance.double()
+    noisy = torch.tensor([0.3, -0.2, 0.1, 0.0]).view(1, 1, 2, 2).expand(20_000, -1, -1, -1)
+    gain = c @ torch.linalg.inv(c + sigma**2 * torch.eye(4))
+    mean = model.means[0] + (noisy[0].flatten().double() - model.means[0]) @ gain.T
+    x = nb.denoise(model, noisy, sigma, sampled=True, steps=300, generator=torch.Generator().manual_seed(2))
+    x = x.flatten(1).double()
+    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.005)
+    torch.testing.assert_close(torch.cov(x.T), c - gain @ c, rtol=0.1, atol=5e-4)
+
+
+@pytest.mark.parametrize("sigma", [0, -1, 1e4])
+def test_denoise_refuses_an_impossible_sigma(nb, gaussian, sigma):
+    with pytest.raises(ValueError, match="sigma"):
+        nb.denoise(gaussian[0], torch.zeros(1, 1, 2, 2), sigma)
+
+
+def test_classify_decides_like_bayes(nb, gaussian):
+    one, covariance = gaussian
+    config = nb.replace(one.config, num_classes=2)
+    means = torch.tensor([[0.15, 0.0, 0.0, 0.1], [-0.15, 0.1, 0.0, 0.0]])
+    model = Gaussian(nb, config, means, covariance)
+    g = torch.Generator().manual_seed(3)
+    truth = torch.arange(400) % 2
+    x_0 = means[truth] + torch.randn(400, 4, generator=g) @ torch.linalg.cholesky(covariance).T
+    precision = torch.linalg.inv(covariance)
+    distance = torch.stack([torch.einsum("bi,ij,bj->b", x_0 - m, precision, x_0 - m) for m in means], 1)
+    clear = (distance[:, 0] - distance[:, 1]).abs() > 2.0  # beyond the noise of a finite number of draws
+    ours = nb.classify(model, x_0.view(-1, 1, 2, 2), stages=((300, 2),), t_range=(0.0, 1.0))
+    bayes = distance.argmin(1)
+    assert clear.sum() > 200
+    assert (ours.labels == bayes)[clear].float().mean() > 0.97
+    assert torch.equal(ours.scores.argmax(1), ours.labels) and ours.evaluations == 1200
+
+
+def test_pruned_and_exhaustive_classification_agree_on_clear_cases(nb):
+    """Ten well separated classes: dropping the hopeless ones changes no decision and saves most evaluations."""
+    config = nb.make_config("smoke", image_shape=(1, 4, 4))
+    means = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)) * 0.3
+    model = Gaussian(nb, config, means, torch.eye(16) * 0.01)
+    truth = torch.arange(40) % 10
+    x_0 = (means[truth] + 0.05 * torch.randn(40, 16, generator=torch.Generator().manual_seed(1))).view(-1, 1, 4, 4)
+    full = nb.classify(model, x_0, stages=((16, 10),))
+    pruned = nb.classify(model, x_0, stages=((4, 10), (12, 2)), batch_size=7)
+    assert torch.equal(full.labels, truth) and torch.equal(pruned.labels, truth)
+    assert (full.evaluations, pruned.evaluations) == (320, 128)
+    assert pruned.scores.shape == (40, 10) and torch.equal(pruned.scores.argmax(1), truth)
+    assert pruned.path[-1][0] == 128 and [n for n, _ in pruned.path] == sorted(n for n, _ in pruned.path)
+
+
+def test_step_of_inverts_alpha_bar_at(nb):
+    alpha_bar, t = nb.linear_schedule(1000), np.array([0, 0.25, 17.5, 400.9, 999])
+    np.testing.assert_allclose(nb.step_of(nb.alpha_bar_at(t, alpha_bar), alpha_bar), t, atol=1e-6)
+    assert nb.alpha_bar_at(7, alpha_bar) == pytest.approx(alpha_bar[7].item())
+
+
+def test_wilson_interval_of_a_known_case(nb):
+    assert nb.wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)  # a textbook value
