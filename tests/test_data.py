@@ -1,6 +1,7 @@
 """Where images come from, and what a user reads when one of the sources is broken."""
 
 import http.server
+import inspect
 import pickle
 import socket
 import tarfile
@@ -206,6 +207,16 @@ def test_a_failing_host_is_left_soon_and_leaves_nothing(nb, tmp_path, host, kind
     assert time.monotonic() - start < 4
     time.sleep(0.2)
     assert not target.exists() and not list(target.parent.glob("*"))
+
+
+def test_two_dead_hosts_cost_less_than_twenty_seconds(nb, tiny, host, monkeypatch):
+    patience = inspect.signature(nb.fetch).parameters["patience"].default
+    assert len(nb.MIRRORS) * (patience + 1.5) < 20  # a second of joining each
+    monkeypatch.setattr(nb, "MIRRORS", (f"{host}/dead", f"{host}/dead"))
+    monkeypatch.setattr(nb.fetch, "__defaults__", (1.0, 100e3))
+    start = time.monotonic()
+    assert "stand-in" in nb.load_images(nb.replace(tiny, download=True), True).source
+    assert time.monotonic() - start < 2 * (1.0 + 1.5) + 2
 
 
 def test_without_network_the_stand_in_takes_over_and_says_so(nb, tiny, monkeypatch, capsys):

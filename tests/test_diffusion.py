@@ -239,6 +239,19 @@ def test_pruned_and_exhaustive_classification_agree_on_clear_cases(nb):
     assert pruned.path[-1][0] == 128 and [n for n, _ in pruned.path] == sorted(n for n, _ in pruned.path)
 
 
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_the_default_race_starts_with_all_classes_however_many(nb, count):
+    config = nb.make_config("smoke", image_shape=(1, 4, 4), num_classes=count)
+    means = torch.randn(count, 16, generator=torch.Generator().manual_seed(0)) * 0.4
+    model, truth = Gaussian(nb, config, means, torch.eye(16) * 0.005), torch.arange(count)
+    verdict = nb.classify(model, means.view(-1, 1, 4, 4))
+    assert torch.equal(verdict.labels, truth) and torch.equal(verdict.scores.argmax(1), truth)
+    assert (verdict.scores < 0).sum() == count * (count - 1)  # every loser was compared
+    if count > 2:
+        with pytest.raises(ValueError, match="must begin with all 20 classes"):
+            nb.classify(model, means.view(-1, 1, 4, 4), stages=((2, 5),))
+
+
 def test_step_of_inverts_alpha_bar_at(nb):
     alpha_bar, t = nb.linear_schedule(1000), np.array([0, 0.25, 17.5, 400.9, 999])
     np.testing.assert_allclose(nb.step_of(nb.alpha_bar_at(t, alpha_bar), alpha_bar), t, atol=1e-6)

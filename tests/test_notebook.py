@@ -105,6 +105,8 @@ def test_as_a_plain_script_without_ipython_on_stand_in_images(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if "using stand-in images" in line]
     assert len(lines) == 1 and "Warning" not in done.stderr
+    for start in ("80 images in", "PSNR in dB on", "test images right", "rows: clean"):
+        assert [line for line in done.stdout.splitlines() if start in line and "stand-in images, not" in line], start
     check_run(tmp_path, marked=True)
 
 
@@ -130,6 +132,15 @@ def test_as_a_notebook_on_own_images_with_three_classes(tmp_path):
     assert "3 classes" in printed and "these images are not CIFAR-10's: going on with the weights trained" in printed
     assert len([o for o in outputs if "image/png" in o.get("data", {})]) == len(FIGURES) + 2  # and two sliders
     assert len([o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]) == 2
+    check_run(tmp_path, marked=False)
+
+
+def test_one_class_few_test_images_and_another_schedule(tmp_path):
+    as_script(tmp_path, preset="smoke", data_dir="mine", schedule="cosine")
+    paint(tmp_path / "mine", classes=("only",), counts=(12, 5), size=(20, 12))
+    done = run_script(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "(3, 20, 12), 1 classes" in done.stdout
     check_run(tmp_path, marked=False)
 
 
@@ -173,7 +184,7 @@ def test_size_and_shape_of_the_notebook():
     lengths = [sum(1 for line in cell.source.splitlines() if line.strip()) for cell in CODE]
     assert max(lengths) <= 45 and statistics.median(lengths) <= 10
     assert len(NOTEBOOK.cells) - len(CODE) >= len(CODE)
-    assert [i for i, cell in enumerate(CODE) if "parameters" in cell.metadata.get("tags", [])] == [2]
+    assert [i for i, cell in enumerate(CODE) if "parameters" in cell.metadata.get("tags", [])] == [1]
 
 
 def test_public_functions_are_documented(nb):
@@ -220,7 +231,10 @@ RESULTS = json.loads((ROOT / "assets" / "results.json").read_text(encoding="utf-
 
 
 def test_results_are_those_of_the_committed_notebook():
+    facts = json.loads(safe_open(ROOT / "assets" / "unet-cifar10.safetensors", "pt").metadata()["facts"])
+    assert RESULTS["training"] == facts and facts["story"] in PRINTED
     for name, entry in RESULTS["results"].items():
+        assert entry["source"] in PRINTED and entry["images"] >= 8 and entry["device"] == "cpu"
         if " σ " not in name:
             row = next(line for line in PRINTED.splitlines() if line.startswith(name[:43]))
             assert f"{entry['value']:.4g}" in row.split(), name
