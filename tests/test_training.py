@@ -1,6 +1,8 @@
 """Settings, the network, training, checkpoints and weights."""
 
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -110,12 +112,10 @@ def test_the_true_v_gives_the_true_noise(nb, tiny, schedule):
     x_0, eps = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     a = alpha_bar[t].float().view(-1, 1, 1, 1)
     x_t, v = nb.q_sample(x_0, t, eps, alpha_bar), a.sqrt() * eps - (1 - a).sqrt() * x_0
-    torch.testing.assert_close(nb.eps_from_v(x_t, v, t, config), eps, rtol=0, atol=2e-4)
-    between = nb.eps_from_v(x_t, v, t + 0.5, config)  # fractional steps lie between their neighbours
-    low, high = nb.eps_from_v(x_t, v, t, config), nb.eps_from_v(x_t, v, (t + 1).clamp(max=999), config)
-    assert (
-        (between >= torch.minimum(low, high) - 1e-5) & (between <= torch.maximum(low, high) + 1e-5)
-    ).float().mean() > 0.97
+    log_snr = torch.logit(alpha_bar).float()
+    torch.testing.assert_close(nb.eps_from_v(x_t, v, log_snr[t]), eps, rtol=0, atol=2e-4)
+    between = nb.at_step(t + 0.5, log_snr)  # fractional steps lie between their neighbours, and none beyond the last
+    torch.testing.assert_close(between, (log_snr[t] + log_snr[(t + 1).clamp(max=999)]) / 2)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (4, 24, 40), (3, 6, 2)])
@@ -180,7 +180,7 @@ def test_one_batch_overfits(nb, tiny, optimizer):
     torch.manual_seed(0)
     config = nb.replace(tiny, optimizer=optimizer, train_steps=80, cooldown=0.0, learning_rate=3e-3, widths=(32, 64),
                         dropout=0.0)  # fmt: skip
-    run, (x_0, y) = nb.new_run(config), next(nb.batches(images_of(nb, 8), 8, 0))
+    run, (x_0, y) = nb.new_run(config), nb.batch_at(0, images_of(nb, 8), 8, 0)
     x_0, alpha_bar = F.avg_pool2d(x_0, 8).repeat_interleave(8, 2).repeat_interleave(8, 3), nb.make_schedule(config)
     losses = [nb.train_step(run, x_0, y, alpha_bar).item() for _ in range(config.train_steps)]
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
@@ -215,6 +215,46 @@ def test_stop_and_resume_equals_never_stopped(nb, tiny):
     assert whole.losses == resumed.losses
 
 
+def test_the_stop_button_never_cuts_a_step_in_half(nb, tiny, monkeypatch):
+    """SIGINT between the two optimisers: the step is finished first, and resuming is as if it had never come."""
+    images, original, count = images_of(nb), nb.Muon.step, []
+    whole = nb.train(nb.replace(tiny, run_dir=tiny.run_dir + "-a"), images, progress=False)
+
+    def interrupted(self):
+        original(self)
+        count.append(1)
+        if len(count) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(nb.Muon, "step", interrupted)
+    config, handler = nb.replace(tiny, run_dir=tiny.run_dir + "-b"), signal.getsignal(signal.SIGINT)
+    part = nb.train(config, images, progress=False)
+    assert part.step == len(part.losses) == 3 and signal.getsignal(signal.SIGINT) is handler
+    resumed = nb.train(config, images, resume=True, progress=False)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_resumed_run_tells_what_it_really_saw(nb, tiny, capsys):
+    images = images_of(nb)
+    nb.train(nb.replace(tiny, train_steps=3), images, progress=False)
+    later = nb.replace(tiny, train_steps=5, batch_size=16, weight_decay=0.5)
+    run = nb.train(later, nb.replace(images, source="others"), resume=True, progress=False)
+    assert run.images_seen == 3 * 8 + 2 * 16 and run.sources == ["random", "others"]
+    assert {group["weight_decay"] for o in run.optimizers for group in o.param_groups} == {0.5}
+    nb.train(nb.replace(tiny, run_dir=tiny.run_dir + "-new"), images, resume=True, progress=False)
+    assert "no checkpoint at" in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_take_what_was_learned(nb, tiny, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(nb, "save_checkpoint", refuse)
+    run = nb.train(tiny, images_of(nb), progress=False)
+    assert run.step == tiny.train_steps and "No space left" in capsys.readouterr().out
+
+
 def test_stopping_before_and_inside_a_stride_counts_every_finished_step(nb, tiny, monkeypatch):
     images, original, calls = images_of(nb), nb.train_step, []
 
@@ -227,7 +267,7 @@ def test_stopping_before_and_inside_a_stride_counts_every_finished_step(nb, tiny
 
         return step
 
-    monkeypatch.setattr(nb, "stride", lambda run, marks: 5)
+    monkeypatch.setattr(nb, "stride", lambda config: 5)
     for n in (0, 3):
         calls.clear()
         monkeypatch.setattr(nb, "train_step", stop_at(n))
@@ -284,7 +324,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(nb, tiny):
     with pytest.raises(ValueError, match=r"made with widths = \(16, 32\), but this run has \(16, 16\)"):
         nb.train(nb.replace(tiny, widths=(16, 16)), images, resume=True, progress=False)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint.*move it away"):
         nb.train(tiny, images, resume=True, progress=False)
     assert path.stat().st_size == 1000  # and the damaged file is still the user's
 
@@ -374,7 +414,7 @@ def test_training_continues_from_given_weights(nb, tiny):
 
 
 def test_compile_falls_back_when_there_is_no_compiler(nb, tiny, capsys, monkeypatch):
-    model, (x_0, y) = nb.UNet(tiny), next(nb.batches(images_of(nb), 2, 0))
+    model, (x_0, y) = nb.UNet(tiny), nb.batch_at(0, images_of(nb), 2, 0)
     wanted = model(x_0, y, y)
 
     def broken(self, *args, **kwargs):
@@ -387,6 +427,27 @@ def test_compile_falls_back_when_there_is_no_compiler(nb, tiny, capsys, monkeypa
     nb.compile_in_place(model, x_0, y)
     assert "torch.compile does not work here" in capsys.readouterr().out
     assert torch.equal(model(x_0, y, y), wanted) and "_orig_mod" not in "".join(model.state_dict())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on the CPU")
+def test_compiled_gives_what_eager_gives(nb):
+    model = awake(nb, nb.make_config("smoke", widths=(16,)))
+    args = torch.randn(2, 3, 32, 32), torch.tensor([3, 900]), torch.tensor([1, 10])
+    wanted = model(*args).detach()
+    nb.compile_in_place(model, args[0], args[2])
+    assert model._compiled_call_impl is not None
+    torch.testing.assert_close(model(*args).detach(), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_train_stop_resume_sample_and_classify(nb, tiny):
+    config = nb.make_config("smoke", device="cuda", precision="bf16", run_dir=tiny.run_dir, train_steps=4)
+    images = images_of(nb).to("cuda")
+    nb.train(nb.replace(config, train_steps=2), images, images, progress=False)
+    run = nb.train(config, images, images, resume=True, progress=False)
+    assert run.step == 4 and all(loss > 0 for loss in run.losses)
+    x_0 = nb.sample(run.model, torch.tensor([0, 1], device="cuda"), 3)
+    assert x_0.is_cuda and nb.classify(run.model, x_0).labels.shape == (2,)
 
 
 def test_noise_mse_by_band(nb, tiny):

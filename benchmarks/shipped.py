@@ -1,0 +1,161 @@
+"""How assets/unet-cifar10.safetensors and assets/standin.png are made and measured, with the notebook's own functions.
+
+    python benchmarks/shipped.py train --steps 5000 --cooldown 0.5     # goes on where it stopped; Ctrl-C is safe
+    python benchmarks/shipped.py measure runs/shipped/weights.safetensors --images 1000
+    python benchmarks/shipped.py samples runs/shipped/weights.safetensors --images 1000   # for a Frechet distance
+    python benchmarks/shipped.py standin runs/shipped/weights.safetensors
+    python benchmarks/shipped.py readme                                # README's numbers, from assets/results.json
+
+`train` starts from the shipped weights (from nothing with --scratch). `measure` writes test accuracy and noise MSE into
+the metadata of the weights file.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import loader  # noqa: E402
+
+nb = loader.load()
+SHIPPED = ROOT / "assets" / "unet-cifar10.safetensors"
+
+
+def configure(args) -> "nb.Config":
+    return nb.make_config(
+        "cpu", run_dir=args.run_dir, data_dir=str(ROOT / "data"), batch_size=64, learning_rate=args.rate, warmup=50,
+        ema_half_life=args.half_life, train_steps=args.steps, cooldown=args.cooldown, seed=args.seed, download=False,
+    )  # fmt: skip
+
+
+def train(args) -> None:
+    """The notebook's train(), from the shipped weights or from nothing, and the sum of both stories in the metadata."""
+    config = configure(args)
+    start = None if args.scratch else nb.load_weights(SHIPPED).requires_grad_(True)
+    images = nb.load_images(config, train=True)
+    run = nb.train(config, images, init=start, resume=True)
+    before = {} if start is None else start.facts
+    facts = {name: before.get(name, 0) + more for name, more in (
+        ("images_seen", run.images_seen), ("steps", run.step), ("seconds", round(run.seconds)))}  # fmt: skip
+    facts |= dict(device=config.device, data=images.source, torch=torch.__version__, commit=args.commit)
+    facts |= dict(train_loss=round(float(np.mean(run.losses[-100:])), 5))
+    facts["story"] = (
+        f"{facts['images_seen']:,} images in {facts['steps']:,} steps of {config.batch_size} and "
+        f"{facts['seconds'] / 60:.0f} minutes on two shared CPU cores, from {images.source}"
+    )
+    nb.save_weights(Path(args.run_dir) / "weights.safetensors", run.model, facts)
+    print(facts["story"])
+
+
+def measure(args) -> None:
+    """Accuracy with its interval and noise MSE on test images, printed and stored beside the weights."""
+    model, config = nb.load_weights(args.weights), configure(args)
+    test = nb.load_images(config, train=False)
+    some, start = test.subset(args.images, seed=2), time.perf_counter()
+    verdict = nb.classify(model, nb.to_unit(some.images))
+    right, seconds = int((verdict.labels == some.labels).sum()), time.perf_counter() - start
+    few = test.subset(min(300, args.images), seed=1)
+    bands = nb.noise_mse(model, few)
+    model.facts["test_noise_mse"] = dict(value=round(bands.mean().item(), 5), images=len(few))
+    model.facts["test_accuracy"] = dict(
+        value=right / len(some), images=len(some), interval=[round(v, 4) for v in nb.wilson(right, len(some))],
+        evaluations_per_image=verdict.evaluations, source=some.source, seconds=round(seconds),
+    )  # fmt: skip
+    nb.save_weights(args.weights, model, model.facts)
+    print(json.dumps({k: model.facts[k] for k in ("test_noise_mse", "test_accuracy")}), bands.tolist())
+
+
+def draw_images(model, per_class: int, guidance_scale: float, seed: int) -> torch.Tensor:
+    """uint8 (10 * per_class, 3, 32, 32), sorted by class, in batches that a CPU's cache likes."""
+    y, dice = torch.arange(model.config.num_classes).repeat_interleave(per_class), torch.Generator().manual_seed(seed)
+    parts = [nb.sample(model, part, guidance_scale=guidance_scale, generator=dice) for part in y.split(40)]
+    return nb.to_uint8(torch.cat(parts))
+
+
+def samples(args) -> None:
+    images = draw_images(nb.load_weights(args.weights), args.images // 10, args.guidance, seed=123)
+    np.save(args.out, images.numpy())
+
+
+def standin(args) -> None:
+    """Ten rows of one class each, 48 images a row."""
+    images = draw_images(nb.load_weights(args.weights), 48, 2.0, seed=321)
+    sheet = images.view(10, 48, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(320, 48 * 32, 3)
+    path = ROOT / "assets" / "standin.png"
+    nb.write_whole(path, lambda part: nb.Image.fromarray(sheet.numpy()).save(part, "PNG", optimize=True))
+
+
+def readme(args) -> None:
+    """Write the numbers of assets/results.json between the two marks in README.md."""
+    report = json.loads((ROOT / "assets" / "results.json").read_text(encoding="utf-8"))
+    results, facts = report["results"], report["training"]
+    entry, checked = results["accuracy"], facts["test_accuracy"]
+    low, high = (f"{100 * v:.1f}" for v in entry["interval"])
+    lines = [
+        f"The shipped weights saw {facts['story']}. One run of the notebook, on {report['config']['device']} in "
+        f"{report['config']['precision']}, measured with them:",
+        "",
+        "| measure | value | images | |",
+        "|---|---|---|---|",
+        f"| accuracy | {100 * entry['value']:.1f} % | {entry['images']:,} | {low} to {high} % (95 %), "
+        f"{entry['evaluations_per_image']} evaluations an image, {entry['seconds']:.0f} s |",
+    ]
+    for name, note in (
+        ("test noise MSE, shipped weights", "mean over all noise levels"),
+        ("sampling, images/s", "20 steps, guided"),
+    ):
+        lines.append(f"| {name} | {results[name]['value']:.4g} | {results[name]['images']:,} | {note} |")
+    sigmas = (5, 10, 15, 25, 50, 75, 100)
+    lines += [
+        "",
+        "PSNR in dB of denoised test images, by σ of 255:",
+        "",
+        "| method | images | " + " | ".join(map(str, sigmas)) + " |",
+    ]
+    lines.append("|---|---|" + "---|" * len(sigmas))
+    for method in [name.split(", ", 1)[1] for name in results if name.startswith("PSNR at σ 5, ")]:
+        row = [results[f"PSNR at σ {s}, {method}"] for s in sigmas]
+        lines.append(f"| {method} | {row[0]['images']} | " + " | ".join(f"{e['value']:.2f}" for e in row) + " |")
+    low, high = (f"{100 * v:.1f}" for v in checked["interval"])
+    lines += [
+        "",
+        f"The same weights on {checked['images']:,} test images: {100 * checked['value']:.1f} % right (95 % interval {low} to "
+        f"{high} %) with {checked['evaluations_per_image']} evaluations an image, in {checked['seconds']} s; this stands in "
+        "the metadata of the weights file and in `results.json`.",
+    ]
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- results -->\n")
+    after = rest.partition("<!-- end of results -->")[2]
+    text = before + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- end of results -->" + after
+    nb.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it otherwise
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "measure", "samples", "standin", "readme"))
+    parser.add_argument("weights", nargs="?", type=Path, default=SHIPPED)
+    parser.add_argument("--run-dir", default=str(ROOT / "runs" / "shipped"))
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--cooldown", type=float, default=0.5)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--half-life", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scratch", action="store_true")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--out", default="samples.npy")
+    args = parser.parse_args()
+    globals()[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
