@@ -1,13 +1,15 @@
 """How assets/unet-cifar10.safetensors and assets/standin.png are made and measured, with the notebook's own functions.
 
     python benchmarks/shipped.py train --steps 5000 --cooldown 0.5     # goes on where it stopped; Ctrl-C is safe
+    python benchmarks/shipped.py guide runs/shipped/weights.safetensors --images 250    # what each t knows of the class
     python benchmarks/shipped.py measure runs/shipped/weights.safetensors --images 1000
     python benchmarks/shipped.py samples runs/shipped/weights.safetensors --images 1000   # for a Frechet distance
     python benchmarks/shipped.py standin runs/shipped/weights.safetensors
+    python benchmarks/shipped.py hero                                  # the picture at the top of notebook and README
     python benchmarks/shipped.py readme                                # README's numbers, from assets/results.json
 
-`train` starts from the shipped weights (from nothing with --scratch). `measure` writes test accuracy and noise MSE into
-the metadata of the weights file.
+`train` starts from the shipped weights (from nothing with --scratch). `guide` writes the study of timesteps, on training
+images, into the metadata of the weights file; `measure` test accuracy and noise MSE.
 """
 
 import argparse
@@ -42,8 +44,8 @@ def train(args) -> None:
     images = nb.load_images(config, train=True)
     run = nb.train(config, images, init=start, resume=True)
     before = {} if start is None else start.facts
-    facts = {name: before.get(name, 0) + more for name, more in (
-        ("images_seen", run.images_seen), ("steps", run.step), ("seconds", round(run.seconds)))}  # fmt: skip
+    facts = {name: before.get(name, 0) + more for name, more in (("steps", run.step), ("seconds", round(run.seconds)))}
+    facts["images_seen"] = run.images_seen  # those before included
     facts |= dict(device=config.device, data=images.source, torch=torch.__version__, commit=args.commit)
     facts |= dict(train_loss=round(float(np.mean(run.losses[-100:])), 5))
     facts["story"] = (
@@ -54,19 +56,31 @@ def train(args) -> None:
     print(facts["story"])
 
 
+def guide(args) -> None:
+    """What each t knows about the class, on training images, stored in the weights: classification is guided by it."""
+    model, config = nb.load_weights(args.weights), configure(args)
+    some, start = nb.load_images(config, train=True).subset(args.images, seed=5), time.perf_counter()
+    errors, t = nb.study_steps(model, some, 25)
+    torch.save(dict(errors=errors, t=t, labels=some.labels), args.out) if args.out.endswith(".pt") else None
+    model.facts["guide"] = nb.fit_guide(errors, t, some.labels) | {"source": some.source}
+    nb.save_weights(args.weights, model, model.facts)
+    print(json.dumps(model.facts["guide"]), f"{time.perf_counter() - start:.0f} s")
+
+
 def measure(args) -> None:
     """Accuracy with its interval and noise MSE on test images, printed and stored beside the weights."""
     model, config = nb.load_weights(args.weights), configure(args)
     test = nb.load_images(config, train=False)
-    some, start = test.subset(args.images, seed=2), time.perf_counter()
-    verdict = nb.classify(model, nb.to_unit(some.images))
-    right, seconds = int((verdict.labels == some.labels).sum()), time.perf_counter() - start
+    some = test.subset(args.images, seed=2)
+    verdict, seconds = nb.evaluate_classifier(model, some, Path(args.run_dir) / "classified.safetensors")
+    n = len(verdict.labels)
+    right = int((verdict.labels == some.labels[:n]).sum())
     few = test.subset(min(300, args.images), seed=1)
     bands = nb.noise_mse(model, few)
     model.facts["test_noise_mse"] = dict(value=round(bands.mean().item(), 5), images=len(few))
     model.facts["test_accuracy"] = dict(
-        value=right / len(some), images=len(some), interval=[round(v, 4) for v in nb.wilson(right, len(some))],
-        evaluations_per_image=verdict.evaluations, source=some.source, seconds=round(seconds),
+        value=right / n, images=n, interval=[round(v, 4) for v in nb.wilson(right, n)],
+        evaluations_per_image=round(verdict.evaluations, 1), source=some.source, seconds=round(seconds),
     )  # fmt: skip
     nb.save_weights(args.weights, model, model.facts)
     print(json.dumps({k: model.facts[k] for k in ("test_noise_mse", "test_accuracy")}), bands.tolist())
@@ -92,6 +106,28 @@ def standin(args) -> None:
     nb.write_whole(path, lambda part: nb.Image.fromarray(sheet.numpy()).save(part, "PNG", optimize=True))
 
 
+def hero(args) -> None:
+    """One photograph on its way into noise, and one image on its way out of it."""
+    model, config = nb.load_weights(args.weights), configure(args)
+    images, alpha_bar, dice = (
+        nb.load_images(config, train=True),
+        nb.make_schedule(config),
+        torch.Generator().manual_seed(4),
+    )
+    x_0 = nb.to_unit(images.images[nb.first_of_each(images, 6)[-1:]])
+    noise, t = torch.randn(x_0.shape, generator=dice), torch.linspace(0, 0.5 * config.T, 12).long()
+    out = nb.q_sample(x_0.expand(12, -1, -1, -1), t, noise, alpha_bar)
+    x_0, trace = nb.sample(model, torch.tensor([8]), 20, "ddim", 2.0, generator=dice, return_trajectory=True)
+    stops = np.linspace(len(trace) // 3, len(trace) - 1, 11).round().astype(int)
+    nb.plt.rcParams.update({"font.size": 9, "figure.constrained_layout.use": True})
+    fig, ax = nb.plt.subplots(figsize=(9, 1.7))
+    nb.image_axis(
+        ax, torch.cat([out, *[trace[i][1] for i in stops], x_0]), 12, row_names=["into noise →", "out of it →"]
+    )
+    path = ROOT / "assets" / "hero.png"
+    nb.write_whole(path, lambda part: fig.savefig(part, format="png", dpi=80, pil_kwargs={"optimize": True}))
+
+
 def readme(args) -> None:
     """Write the numbers of assets/results.json between the two marks in README.md."""
     report = json.loads((ROOT / "assets" / "results.json").read_text(encoding="utf-8"))
@@ -112,7 +148,7 @@ def readme(args) -> None:
         ("sampling, images/s", "20 steps, guided"),
     ):
         lines.append(f"| {name} | {results[name]['value']:.4g} | {results[name]['images']:,} | {note} |")
-    sigmas = (5, 10, 15, 25, 50, 75, 100)
+    sigmas = results["PSNR, noisy image"]["sigma"]
     lines += [
         "",
         "PSNR in dB of denoised test images, by σ of 255:",
@@ -120,9 +156,10 @@ def readme(args) -> None:
         "| method | images | " + " | ".join(map(str, sigmas)) + " |",
     ]
     lines.append("|---|---|" + "---|" * len(sigmas))
-    for method in [name.split(", ", 1)[1] for name in results if name.startswith("PSNR at σ 5, ")]:
-        row = [results[f"PSNR at σ {s}, {method}"] for s in sigmas]
-        lines.append(f"| {method} | {row[0]['images']} | " + " | ".join(f"{e['value']:.2f}" for e in row) + " |")
+    for name, entry in results.items():
+        if name.startswith("PSNR, "):
+            row = " | ".join(f"{v:.2f}" for v in entry["value"])
+            lines.append(f"| {name.removeprefix('PSNR, ')} | {entry['images']} | {row} |")
     low, high = (f"{100 * v:.1f}" for v in checked["interval"])
     lines += [
         "",
@@ -140,7 +177,7 @@ def readme(args) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it otherwise
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "measure", "samples", "standin", "readme"))
+    parser.add_argument("command", choices=("train", "guide", "measure", "samples", "standin", "hero", "readme"))
     parser.add_argument("weights", nargs="?", type=Path, default=SHIPPED)
     parser.add_argument("--run-dir", default=str(ROOT / "runs" / "shipped"))
     parser.add_argument("--steps", type=int, default=5000)

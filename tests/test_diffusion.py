@@ -1,6 +1,7 @@
 """Schedules, noising, embedding, solvers, denoiser and classifier: against diffusers and against exact mathematics."""
 
 import math
+import signal
 
 import diffusers
 import pytest
@@ -216,39 +217,116 @@ def test_classify_decides_like_bayes(nb, gaussian):
     precision = torch.linalg.inv(covariance)
     distance = torch.stack([torch.einsum("bi,ij,bj->b", x_0 - m, precision, x_0 - m) for m in means], 1)
     clear = (distance[:, 0] - distance[:, 1]).abs() > 2.0  # beyond the noise of a finite number of draws
-    ours = nb.classify(model, x_0.view(-1, 1, 2, 2), stages=((300, 2),), t_range=(0.0, 1.0))
+    even = nb.even_guide(config, 0.0, 1.0)
+    ours = nb.classify(model, x_0.view(-1, 1, 2, 2), rounds=300, error_rate=0, guide=even)
     bayes = distance.argmin(1)
     assert clear.sum() > 200
     assert (ours.labels == bayes)[clear].float().mean() > 0.97
     assert torch.equal(ours.scores.argmax(1), ours.labels) and ours.evaluations == 1200
 
 
-def test_pruned_and_exhaustive_classification_agree_on_clear_cases(nb):
-    """Ten well separated classes: dropping the hopeless ones changes no decision and saves most evaluations."""
+def classes_of_noise(nb, n: int, spread: float, seed: int):
+    """Ten Gaussian classes of 4x4 pixels that overlap, the exact noise function, and n labelled draws."""
     config = nb.make_config("smoke", image_shape=(1, 4, 4))
-    means = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)) * 0.3
-    model = Gaussian(nb, config, means, torch.eye(16) * 0.01)
-    truth = torch.arange(40) % 10
-    x_0 = (means[truth] + 0.05 * torch.randn(40, 16, generator=torch.Generator().manual_seed(1))).view(-1, 1, 4, 4)
-    full = nb.classify(model, x_0, stages=((16, 10),))
-    pruned = nb.classify(model, x_0, stages=((4, 10), (12, 2)), batch_size=7)
-    assert torch.equal(full.labels, truth) and torch.equal(pruned.labels, truth)
-    assert (full.evaluations, pruned.evaluations) == (320, 128)
-    assert pruned.scores.shape == (40, 10) and torch.equal(pruned.scores.argmax(1), truth)
-    assert pruned.path[-1][0] == 128 and [n for n, _ in pruned.path] == sorted(n for n, _ in pruned.path)
+    means = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)) * 0.1
+    model, truth = Gaussian(nb, config, means, torch.eye(16) * spread**2), torch.arange(n) % 10
+    x_0 = means[truth] + spread * torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+    return model, nb.ImageSet(nb.to_uint8(x_0.view(-1, 1, 4, 4)), truth, tuple("abcdefghij"), "Gaussian classes")
+
+
+def test_a_fitted_guide_prunes_without_changing_decisions_and_is_calibrated(nb):
+    """Beyond the stated error rate the early end changes nothing, and a probability is what it says."""
+    model, seen = classes_of_noise(nb, 500, 0.13, seed=1)
+    guide = nb.fit_guide(*nb.study_steps(model, seen, 12), seen.labels)
+    _, fresh = classes_of_noise(nb, 1000, 0.13, seed=2)
+    x_0 = nb.to_unit(fresh.images)
+    full = nb.classify(model, x_0, rounds=12, error_rate=0, guide=guide)
+    pruned = nb.classify(model, x_0, rounds=12, error_rate=0.02, guide=guide, batch_size=70)
+    assert full.evaluations == 240 and pruned.evaluations < 120
+    assert (full.labels == pruned.labels).float().mean() > 0.97
+    right = [(v.labels == fresh.labels).float().mean().item() for v in (full, pruned)]
+    assert 0.6 < right[0] < 0.98 and right[1] > right[0] - 0.015
+    for verdict, share in zip((full, pruned), right):
+        assert torch.equal(verdict.scores.argmax(1), verdict.labels)
+        torch.testing.assert_close(verdict.scores.sum(1), torch.ones(1000))
+        assert verdict.scores.amax(1).mean().item() == pytest.approx(share, abs=0.06)
+    assert (pruned.spent.diff(dim=1) >= 0).all() and (full.spent == 20 * torch.arange(1, 13)).all()
+
+
+def test_the_guide_of_known_margins(nb):
+    """Wrong labels cost m more on average with variance v: information m²/v, weights in proportion to m/v."""
+    g, n, m, v = torch.Generator().manual_seed(0), 4000, torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 4.0])
+    labels = torch.randint(5, (n,), generator=g)
+    errors = torch.randn(n, 3, 5, generator=g) * (v / 2).sqrt().view(3, 1)  # a margin is the difference of two
+    errors += m.view(3, 1) * (1 - torch.nn.functional.one_hot(labels, 5).float())[:, None]
+    guide = nb.fit_guide(errors, torch.tensor([10, 20, 30]), labels)
+    assert guide["information"] == pytest.approx([0, 1, 1], abs=0.05)
+    assert guide["weight"][1] / guide["weight"][2] == pytest.approx(2, rel=0.05) and guide["weight"][0] < 0.1
+    assert guide["weight"][1] == pytest.approx(2, rel=0.15) and guide["n_0"] > 10  # the exact log-likelihood ratio
+    assert guide["accuracy"][0] == pytest.approx(0.2, abs=0.03) and guide["images"] == n
+
+
+def test_rounds_follow_the_information(nb):
+    config = nb.make_config("smoke")
+    guide = dict(t=[0, 400, 401, 600, 601, 999], information=[0, 0, 1, 1, 0, 0], weight=[0, 0, 2, 4, 0, 0], n_0=5)
+    rounds = nb.rounds_of(guide, 50, config, seed=0)
+    t = torch.tensor([step for step, *_ in rounds])
+    assert 395 <= t.min() < 410 and 590 < t.max() <= 606 and abs(t.float().mean() - 500) < 10
+    for step, weight, eps in rounds[:5]:
+        assert weight == pytest.approx(2 + (step - 401) / 199 * 2, abs=0.03) and eps.shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
-def test_the_default_race_starts_with_all_classes_however_many(nb, count):
+def test_the_default_race_is_between_all_classes_however_many(nb, count):
     config = nb.make_config("smoke", image_shape=(1, 4, 4), num_classes=count)
     means = torch.randn(count, 16, generator=torch.Generator().manual_seed(0)) * 0.4
     model, truth = Gaussian(nb, config, means, torch.eye(16) * 0.005), torch.arange(count)
     verdict = nb.classify(model, means.view(-1, 1, 4, 4))
     assert torch.equal(verdict.labels, truth) and torch.equal(verdict.scores.argmax(1), truth)
-    assert (verdict.scores < 0).sum() == count * (count - 1)  # every loser was compared
-    if count > 2:
-        with pytest.raises(ValueError, match="must begin with all 20 classes"):
-            nb.classify(model, means.view(-1, 1, 4, 4), stages=((2, 5),))
+    assert verdict.evaluations == (0 if count == 1 else 12 * 2 * count)  # without a guide nothing is dropped
+    for wrong in (dict(error_rate=-0.1), dict(error_rate=0.5), dict(rounds=0)):
+        with pytest.raises(ValueError, match="error_rate = .* rounds = "):
+            nb.classify(model, means.view(-1, 1, 4, 4), **wrong)
+
+
+def test_a_stopped_evaluation_goes_on_and_another_one_starts_anew(nb, tmp_path, monkeypatch):
+    model, images = classes_of_noise(nb, 25, 0.05, seed=3)
+    path, asked, original = tmp_path / "deep" / "done.safetensors", [], nb.classify
+
+    def counted(model, x_0, **settings):
+        asked.append(len(x_0))
+        if asked == [10]:
+            signal.raise_signal(signal.SIGINT)  # the stop button, during the first part
+        return original(model, x_0, **settings)
+
+    monkeypatch.setattr(nb, "classify", counted)
+    part, seconds = nb.evaluate_classifier(model, images, path, part=10, rounds=3)
+    assert len(part.labels) == 10 and asked == [10] and seconds > 0
+    whole, more = nb.evaluate_classifier(model, images, path, part=10, rounds=3)
+    assert asked == [10, 10, 5] and more > seconds
+    wanted = original(model, nb.to_unit(images.images), rounds=3)
+    assert torch.equal(whole.labels, wanted.labels) and torch.equal(whole.spent, wanted.spent)
+    torch.testing.assert_close(whole.scores, wanted.scores)
+    nb.evaluate_classifier(model, images, path, part=10, rounds=3)
+    assert asked == [10, 10, 5]  # nothing is left to do
+    nb.evaluate_classifier(model, images, path, part=25, rounds=2)
+    assert asked[3:] == [25]  # other settings
+    path.write_bytes(path.read_bytes()[:200])
+    nb.evaluate_classifier(model, images, path, part=25, rounds=2)
+    assert asked[4:] == [25]  # half a file is none
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_picture_in_tiles_is_the_posterior_mean_everywhere(nb):
+    """With independent pixels the exact posterior mean is the same in every tile, so the average must be it, too."""
+    config = nb.make_config("smoke", image_shape=(1, 4, 4))
+    model, sigma = Gaussian(nb, config, torch.full((1, 16), 0.1), torch.eye(16) * 0.04), 0.3
+    noisy = 0.1 + 0.2 * torch.randn(1, 9, 14, generator=torch.Generator().manual_seed(0))
+    wanted = 0.1 + (noisy - 0.1) * 0.04 / (0.04 + sigma**2)
+    torch.testing.assert_close(nb.denoise_picture(model, noisy, sigma), wanted, atol=2e-3, rtol=0)
+    for shape in ((1, 3, 9), (3, 9, 9)):
+        with pytest.raises(ValueError, match="must have 1 channels and at least 4×4 pixels"):
+            nb.denoise_picture(model, torch.zeros(shape), sigma)
 
 
 def test_step_of_inverts_at_step(nb):
