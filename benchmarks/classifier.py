@@ -28,12 +28,16 @@ import loader  # noqa: E402
 
 nb = loader.load()
 RESULTS = ROOT / "benchmarks" / "results" / "classifier.json"
-GOLDEN = 0.6180339887498949
 
 
 def setting(args):
     config = nb.make_config("cpu", data_dir=str(ROOT / "data"), download=False)
     return config, nb.load_weights(args.weights, config.device, config.precision)
+
+
+def step_of_round(r: int, T: int) -> int:
+    """Evenly over the schedule by the golden ratio, so that any first few rounds cover it."""
+    return int(T * ((0.5 + r * 0.6180339887498949) % 1))
 
 
 @torch.inference_mode()
@@ -48,7 +52,7 @@ def errors(args) -> None:
     x_0 = nb.to_unit(some.images)
     image, label = torch.ones(len(x_0), 10).nonzero().T
     for r in range(table["errors"].shape[1], args.rounds):
-        start, t = time.perf_counter(), int(config.T * ((0.5 + r * GOLDEN) % 1))
+        start, t = time.perf_counter(), step_of_round(r, config.T)
         eps, found = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1000 + r)), []
         for noise in (eps, -eps):
             x_t = nb.q_sample(x_0.flip(3) if r % 2 else x_0, torch.full((len(x_0),), t), noise, alpha_bar)
@@ -57,9 +61,7 @@ def errors(args) -> None:
             found.append(torch.cat(mse).view(-1, 10))
         table["errors"] = torch.cat([table["errors"], torch.stack(found, 1)[:, None]], 1)
         table["seconds"] += time.perf_counter() - start
-        table |= dict(
-            labels=some.labels, source=some.source, t=[int(config.T * ((0.5 + k * GOLDEN) % 1)) for k in range(r + 1)]
-        )
+        table |= dict(labels=some.labels, source=some.source, t=[step_of_round(k, config.T) for k in range(r + 1)])
         nb.write_whole(path, functools.partial(torch.save, table))
         print(f"round {r + 1} of {args.rounds}, t = {t}, {table['seconds']:.0f} s", flush=True)
 
@@ -70,15 +72,15 @@ def errors(args) -> None:
 def nearest_rounds(guide: dict, t: list, allowed) -> list[tuple[int, float]]:
     """(round, weight) in the order in which `classify` would visit steps, each taken by the nearest unused round."""
     config, left, order = nb.make_config("smoke"), list(allowed), []
-    centre = 2 * (np.array(guide["t"][-1]) - guide["t"][0]) / len(t)
+    reach = 2 * (guide["t"][-1] - guide["t"][0]) / len(t)
     for wanted, *_ in nb.rounds_of(guide, 4 * len(t), config, 0):
-        if left and abs(t[best := min(left, key=lambda k: abs(t[k] - wanted))] - wanted) <= centre:
+        if left and abs(t[best := min(left, key=lambda k: abs(t[k] - wanted))] - wanted) <= reach:
             left.remove(best)
             order.append((best, float(np.interp(t[best], guide["t"], guide["weight"]))))
     return order
 
 
-def curve(pairs, weights, order, labels, passes_a_round: int) -> list:
+def curve(pairs, order, labels, passes_a_round: int) -> list:
     """[(passes, right images)] when the rounds of `order` are added up one after the other."""
     total, points = torch.zeros_like(pairs[:, 0]), []
     for n, (r, weight) in enumerate(order, 1):
@@ -90,7 +92,7 @@ def curve(pairs, weights, order, labels, passes_a_round: int) -> list:
 def race(pairs, order, labels, guide, rounds: int, error_rate: float) -> nb.Classification:
     """The notebook's `classify`, its network replaced by the table."""
     planned = [(r, weight, None) for r, weight in order[:rounds]]
-    nb.rounds_of = lambda *_: [(r, weight, torch.zeros(1)) for r, weight, _ in planned]
+    nb.rounds_of = lambda *_: planned
     nb.errors_at = lambda model, x_0, r, eps, rows, *_: pairs[rows[:, 0], r, rows[:, 1]]
     model = type("Table", (), {"config": nb.make_config("smoke")})()
     return nb.classify(model, torch.zeros(len(labels), 1), rounds=len(planned), error_rate=error_rate, guide=guide)
@@ -115,10 +117,10 @@ def report(args) -> None:
     guided = nearest_rounds(guide, t, range(len(t)))
     by_weight = [(r, float(np.interp(t[r], guide["t"], guide["weight"]))) for r in range(len(t))]
     methods = {
-        "uniform t": curve(pairs, 1, everywhere, labels, 20),
-        "uniform t, weighted": curve(pairs, 1, by_weight, labels, 20),
-        "t from 0.08 T to 0.5 T": curve(pairs, 1, middle, labels, 20),
-        "guided: t and weights": curve(pairs, 1, guided, labels, 20),
+        "uniform t": curve(pairs, everywhere, labels, 20),
+        "uniform t, weighted": curve(pairs, by_weight, labels, 20),
+        "t from 0.08 T to 0.5 T": curve(pairs, middle, labels, 20),
+        "guided: t and weights": curve(pairs, guided, labels, 20),
     }
     pruned = {}
     for error_rate in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
@@ -134,14 +136,10 @@ def report(args) -> None:
         signs = single.flatten(1, 2)  # (N, 2 rounds, 10): single noises, one sign from each of twice as many rounds
         other = [(2 * r + k % 2, w) for k, (r, w) in enumerate(guided)]
         same[f"{20 * m} passes"] = {
-            "antithetic pairs": sum(curve(pairs, 1, guided[:m], labels, 20)[-1][1]) / n,
-            "single noises": sum(curve(signs, 1, other[: 2 * m], labels, 10)[-1][1]) / n
-            if len(guided) >= 2 * m
-            else None,
-            "no mirror images": sum(curve(pairs, 1, straight[:m], labels, 20)[-1][1]) / n
-            if len(straight) >= m
-            else None,
-            "even weights, same t": sum(curve(pairs, 1, [(r, 1.0) for r, _ in guided[:m]], labels, 20)[-1][1]) / n,
+            "antithetic pairs": sum(curve(pairs, guided[:m], labels, 20)[-1][1]) / n,
+            "single noises": sum(curve(signs, other[: 2 * m], labels, 10)[-1][1]) / n if len(guided) >= 2 * m else None,
+            "no mirror images": sum(curve(pairs, straight[:m], labels, 20)[-1][1]) / n if len(straight) >= m else None,
+            "even weights, same t": sum(curve(pairs, [(r, 1.0) for r, _ in guided[:m]], labels, 20)[-1][1]) / n,
         }
     exhaustive = sum(methods["guided: t and weights"][-1][1]) / n
     flat = [(c, sum(k) / n, e) for e, points in pruned.items() for c, k in points]
@@ -200,12 +198,8 @@ def fit(model, images, test, minutes: float, lr: float, seed: int = 0) -> dict:
     """Cross-entropy and AdamW for `minutes`, the learning rate falling linearly with the time that is left."""
     torch.manual_seed(seed)
     model = model.to(memory_format=torch.channels_last)
-    optimizer, start, step, spent = (
-        torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01),
-        time.perf_counter(),
-        0,
-        0.0,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    start, step = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < 60 * minutes:
         x_0, y = nb.batch_at(step, images, 128, seed)
         shift = [int(v) for v in torch.randint(-4, 5, (2,))]

@@ -52,6 +52,8 @@ def train(args) -> None:
         f"{facts['images_seen']:,} images in {facts['steps']:,} steps of {config.batch_size} and "
         f"{facts['seconds'] / 60:.0f} minutes on two shared CPU cores, from {images.source}"
     )
+    facts["run_ends"] = [*before.get("run_ends", [before["steps"]] if before else []), facts["steps"]]
+    facts["story"] += f"; the learning rate fell to zero at steps {', '.join(map(str, facts['run_ends']))}"
     nb.save_weights(Path(args.run_dir) / "weights.safetensors", run.model, facts)
     print(facts["story"])
 
@@ -61,7 +63,6 @@ def guide(args) -> None:
     model, config = nb.load_weights(args.weights), configure(args)
     some, start = nb.load_images(config, train=True).subset(args.images, seed=5), time.perf_counter()
     errors, t = nb.study_steps(model, some, 25)
-    torch.save(dict(errors=errors, t=t, labels=some.labels), args.out) if args.out.endswith(".pt") else None
     model.facts["guide"] = nb.fit_guide(errors, t, some.labels) | {"source": some.source}
     nb.save_weights(args.weights, model, model.facts)
     print(json.dumps(model.facts["guide"]), f"{time.perf_counter() - start:.0f} s")
