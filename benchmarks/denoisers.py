@@ -37,19 +37,19 @@ def bm3d(x, s, strength, profile):
 CLASSICAL = {  # (function of an (H, W, 3) image in [0, 1] with noise s, grid of its settings)
     "non-local means": (
         lambda x, s, h, patch, reach: denoise_nl_means(x, patch, reach, h * s, sigma=s, channel_axis=2),
-        dict(h=(0.4, 0.6, 0.8, 1.0, 1.3), patch=(3, 5), reach=(5, 7, 11)),
+        dict(h=(0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0), patch=(3, 5, 7), reach=(3, 5, 7, 11)),
     ),
     "total variation": (
         lambda x, s, weight: denoise_tv_chambolle(x, weight * s, channel_axis=2),
-        dict(weight=(0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0)),
+        dict(weight=(0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.9)),
     ),
     "wavelet": (
         lambda x, s, strength, method, wavelet, ycbcr: denoise_wavelet(
             x, strength * s, wavelet, method=method, convert2ycbcr=ycbcr, channel_axis=2
         ),
-        dict(strength=(0.4, 0.6, 0.8, 1.0, 1.25), method=("BayesShrink", "VisuShrink"), wavelet=("db1", "db2", "sym4"), ycbcr=(True, False)),
+        dict(strength=(0.6, 0.8, 1.0, 1.25, 1.6), method=("BayesShrink", "VisuShrink"), wavelet=("db1", "db2", "sym4", "bior2.2"), ycbcr=(True, False)),
     ),
-    "BM3D": (bm3d, dict(strength=(0.8, 1.0, 1.2), profile=("np",))),
+    "BM3D": (bm3d, dict(strength=(0.8, 1.0, 1.2, 1.5, 1.9), profile=("np",))),
 }  # fmt: skip
 
 
@@ -133,7 +133,10 @@ def main() -> None:
             else:
                 x = noisy if name == "noisy image" else network(name, model, noisy, s, test.labels)
             row = {k: float(f"{v:.5g}") for k, v in nb.quality(x, x_0[:n]).items()}
+            few = min(n, args.bm3d_images)  # the images that every method has seen
             rows[str(s)] = row | dict(
+                PSNR_of_the_first=float(f"{nb.quality(x[:few], x_0[:few])['PSNR']:.5g}"),
+                first=few,
                 images=n,
                 seconds=round(time.perf_counter() - start, 1),
                 settings=options,
