@@ -65,7 +65,7 @@ def spoil_text(folder):
 def spoil_link(folder):
     (folder / "train" / "cup" / "000.png").unlink()
     (folder / "train" / "cup" / "000.png").symlink_to("nowhere.png")
-    return "000.png is missing.*restore or delete"
+    return "000.png is not a readable image.*replace or delete"
 
 
 def spoil_empty(folder):
@@ -76,7 +76,18 @@ def spoil_empty(folder):
 
 def spoil_test(folder):
     (folder / "test").rename(folder / "hidden")
-    return "test is missing"
+    return "test must hold <class>"
+
+
+def spoil_file(folder):
+    (folder / "test").rename(folder / "hidden")
+    (folder / "test").write_text("a file")
+    return "test must hold <class>"
+
+
+def spoil_depth(folder):
+    Image.fromarray(np.full((16, 16), 30000, np.uint16)).save(folder / "train" / "cup" / "000.png")
+    return "000.png has more than 8 bits"
 
 
 def spoil_classes(folder):
@@ -86,7 +97,17 @@ def spoil_classes(folder):
 
 @pytest.mark.parametrize(
     "spoil",
-    [spoil_truncated, spoil_size, spoil_text, spoil_link, spoil_empty, spoil_test, spoil_classes],
+    [
+        spoil_truncated,
+        spoil_size,
+        spoil_text,
+        spoil_link,
+        spoil_empty,
+        spoil_test,
+        spoil_file,
+        spoil_depth,
+        spoil_classes,
+    ],
 )
 def test_a_broken_folder_is_named_in_one_sentence(nb, tiny, own_images, spoil):
     message = spoil(own_images)
@@ -209,6 +230,11 @@ def test_a_failing_host_is_left_soon_and_leaves_nothing(nb, tmp_path, host, kind
     assert time.monotonic() - start < 4
     time.sleep(0.2)
     assert not target.exists() and not list(target.parent.glob("*"))
+
+
+def test_a_folder_that_cannot_be_written_is_a_reason_and_no_crash(nb, tmp_path, host):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in nb.fetch(f"{host}/whole", tmp_path / "file" / nb.ARCHIVE, nb.MD5)
 
 
 def test_two_dead_hosts_cost_less_than_twenty_seconds(nb, tiny, host, monkeypatch):

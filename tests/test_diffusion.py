@@ -1,5 +1,6 @@
 """Schedules, noising, embedding, solvers, denoiser and classifier: against diffusers and against exact mathematics."""
 
+import functools
 import math
 import signal
 
@@ -200,6 +201,11 @@ def test_sampled_denoising_has_the_posterior_mean_and_covariance(nb, gaussian):
     torch.testing.assert_close(torch.cov(x.T), c - gain @ c, rtol=0.1, atol=5e-4)
 
 
+def test_denoise_takes_the_first_step_for_the_least_noise(nb, gaussian):
+    noisy = torch.zeros(1, 1, 2, 2)
+    torch.testing.assert_close(nb.denoise(gaussian[0], noisy, 1e-9), noisy, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("sigma", [0, -1, 1e4])
 def test_denoise_refuses_an_impossible_sigma(nb, gaussian, sigma):
     with pytest.raises(ValueError, match="sigma"):
@@ -309,12 +315,24 @@ def test_a_stopped_evaluation_goes_on_and_another_one_starts_anew(nb, tmp_path, 
     torch.testing.assert_close(whole.scores, wanted.scores)
     nb.evaluate_classifier(model, images, path, part=10, rounds=3)
     assert asked == [10, 10, 5]  # nothing is left to do
+    (kept,) = path.parent.iterdir()
     nb.evaluate_classifier(model, images, path, part=25, rounds=2)
-    assert asked[3:] == [25]  # other settings
-    path.write_bytes(path.read_bytes()[:200])
-    nb.evaluate_classifier(model, images, path, part=25, rounds=2)
+    assert asked[3:] == [25] and kept.exists()  # other settings, another file
+    nb.evaluate_classifier(model, images, path, part=10, rounds=3)
+    assert asked[4:] == []  # and the first is still there
+    kept.write_bytes(kept.read_bytes()[:200])
+    nb.evaluate_classifier(model, images, path, part=25, rounds=3)
     assert asked[4:] == [25]  # half a file is none
-    assert list(path.parent.iterdir()) == [path]
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_an_evaluation_ends_without_a_progress_bar(nb, tmp_path, monkeypatch):
+    model, images = classes_of_noise(nb, 25, 0.05, seed=3)
+    monkeypatch.setattr(nb, "tqdm", functools.partial(nb.tqdm, disable=True))  # what TQDM_DISABLE=1 does
+    verdict, _ = nb.evaluate_classifier(model, images, tmp_path / "done.safetensors", part=10, rounds=2)
+    assert len(verdict.labels) == 25 and torch.equal(
+        verdict.labels, nb.classify(model, nb.to_unit(images.images), 2).labels
+    )
 
 
 def test_a_picture_in_tiles_is_the_posterior_mean_everywhere(nb):
@@ -325,7 +343,7 @@ def test_a_picture_in_tiles_is_the_posterior_mean_everywhere(nb):
     wanted = 0.1 + (noisy - 0.1) * 0.04 / (0.04 + sigma**2)
     torch.testing.assert_close(nb.denoise_picture(model, noisy, sigma), wanted, atol=2e-3, rtol=0)
     for shape in ((1, 3, 9), (3, 9, 9)):
-        with pytest.raises(ValueError, match="must have 1 channels and at least 4×4 pixels"):
+        with pytest.raises(ValueError, match=r"must be \(1, 4, 4\) or larger"):
             nb.denoise_picture(model, torch.zeros(shape), sigma)
 
 

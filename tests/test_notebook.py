@@ -183,7 +183,7 @@ def test_size_and_shape_of_the_notebook():
     assert loader.NOTEBOOK.stat().st_size < 3_000_000
     lengths = [sum(1 for line in cell.source.splitlines() if line.strip()) for cell in CODE]
     assert max(lengths) <= 45 and statistics.median(lengths) <= 10
-    assert sum(lengths) <= 1460 and len(NOTEBOOK.cells) - len(CODE) >= len(CODE)
+    assert sum(lengths) <= 1440 and len(NOTEBOOK.cells) - len(CODE) >= len(CODE)
     assert [i for i, cell in enumerate(CODE) if "parameters" in cell.metadata.get("tags", [])] == [1]
 
 
@@ -236,9 +236,9 @@ def test_results_are_those_of_the_committed_notebook():
     assert RESULTS["training"] == facts and facts["story"] in PRINTED
     for name, entry in RESULTS["results"].items():
         assert entry["source"] in PRINTED and entry["images"] >= 8 and entry["device"] == "cpu"
-        row = next(line for line in PRINTED.splitlines() if line[:41].rstrip() == name[:41].rstrip() and len(line) > 50)
-        assert row[42:].split()[0] == str(entry["images"]), name
-        assert row[42:].split()[2 : 2 + np.size(entry["value"])] == [
+        row = next(line for line in PRINTED.splitlines() if line[:43].rstrip() == name[:43].rstrip() and len(line) > 50)
+        assert row[44:].split()[0] == str(entry["images"]), name
+        assert row[44:].split()[2 : 2 + np.size(entry["value"])] == [
             f"{v:.4g}" for v in np.atleast_1d(entry["value"])
         ], name
 

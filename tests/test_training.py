@@ -31,13 +31,17 @@ def images_of(nb, n=40, shape=(3, 32, 32), classes=10, seed=0):
         ({"schedule": "sigmoid"}, "'linear' or 'cosine'"),
         ({"precision": "fp8"}, "precision"),
         ({"optimizer": "sgd"}, "'muon' or 'adamw'"),
-        ({"device": "tpu"}, "device = 'tpu' is not on this machine"),
+        ({"device": "tpu"}, "device = 'tpu' cannot be used here"),
         ({"widths": ()}, "widths"),
         ({"attention": (7,)}, "attention"),
+        ({"attention": (1.0,)}, "attention"),
+        ({"widths": 64}, "widths = 64 must be of type tuple"),
+        ({"T": 5}, "T = 5 must be at least 10"),
         ({"image_shape": (3, 33, 32)}, r"image_shape = \(3, 33, 32\) must be divisible by 2"),
         ({"sampling_steps": 2000}, "sampling_steps"),
         ({"label_drop": 1.5}, "label_drop"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**50}, "seed"),
         ({"head_dim": 0}, "head_dim"),
         ({"data_dir": ""}, "data_dir"),
     ],
@@ -59,6 +63,8 @@ def test_presets(nb):
         nb.make_config("fast")
     auto = nb.make_config("auto", precision="fp32")
     assert auto.preset == ("cpu" if auto.device == "cpu" else "gpu")
+    assert nb.make_config("auto", device="cpu:0", precision="fp32").preset == "cpu"
+    assert nb.make_config("smoke", device=torch.device("cpu")).device == "cpu"
     assert nb.make_config("smoke", train_steps=None).train_steps == nb.PRESETS["smoke"]["train_steps"]
     assert nb.make_config("smoke", widths=[16, 32], grad_clip=2).widths == (16, 32)
     with pytest.raises(AttributeError):  # frozen
@@ -267,7 +273,7 @@ def test_stopping_before_and_inside_a_stride_counts_every_finished_step(nb, tiny
 
         return step
 
-    monkeypatch.setattr(nb, "stride", lambda config: 5)
+    monkeypatch.setattr(nb, "STRIDE", {"cpu": 5})
     for n in (0, 3):
         calls.clear()
         monkeypatch.setattr(nb, "train_step", stop_at(n))
