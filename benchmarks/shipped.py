@@ -7,6 +7,7 @@
     python benchmarks/shipped.py standin runs/shipped/weights.safetensors
     python benchmarks/shipped.py hero                                  # the picture at the top of notebook and README
     python benchmarks/shipped.py readme                                # README's numbers, from assets/results.json
+    python benchmarks/shipped.py tidy                                  # the executed notebook without traces of progress
 
 `train` starts from the shipped weights (from nothing with --scratch). `guide` writes the study of timesteps, on training
 images, into the metadata of the weights file; `measure` test accuracy and noise MSE.
@@ -54,6 +55,7 @@ def train(args) -> None:
     )
     facts["run_ends"] = [*before.get("run_ends", [before["steps"]] if before else []), facts["steps"]]
     facts["story"] += f"; the learning rate fell to zero at steps {', '.join(map(str, facts['run_ends']))}"
+    run.model.config = nb.replace(config, data_dir="data", run_dir="runs")  # the folders here are nobody's business
     nb.save_weights(Path(args.run_dir) / "weights.safetensors", run.model, facts)
     print(facts["story"])
 
@@ -76,12 +78,20 @@ def measure(args) -> None:
     verdict, seconds = nb.evaluate_classifier(model, some, Path(args.run_dir) / "classified.safetensors")
     n = len(verdict.labels)
     right = int((verdict.labels == some.labels[:n]).sum())
-    few = test.subset(min(300, args.images), seed=1)
+    few, start = test.subset(min(300, args.images), seed=1), time.perf_counter()
     bands = nb.noise_mse(model, few)
-    model.facts["test_noise_mse"] = dict(value=round(bands.mean().item(), 5), images=len(few))
+    common = dict(
+        source=some.source,
+        weights=f"{model.facts['images_seen']:,} images seen",
+        device=config.device,
+        date=time.strftime("%Y-%m-%d"),
+    )
+    model.facts["test_noise_mse"] = dict(
+        value=round(bands.mean().item(), 5), images=len(few), seconds=round(time.perf_counter() - start), **common
+    )
     model.facts["test_accuracy"] = dict(
         value=right / n, images=n, interval=[round(v, 4) for v in nb.wilson(right, n)],
-        evaluations_per_image=round(verdict.evaluations, 1), source=some.source, seconds=round(seconds),
+        evaluations_per_image=round(verdict.evaluations, 1), seconds=round(seconds), **common,
     )  # fmt: skip
     nb.save_weights(args.weights, model, model.facts)
     print(json.dumps({k: model.facts[k] for k in ("test_noise_mse", "test_accuracy")}), bands.tolist())
@@ -175,10 +185,31 @@ def readme(args) -> None:
     nb.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def tidy(args) -> None:
+    """Join what each cell printed piece by piece, keep the last state of progress bars, drop the times of execution."""
+    import nbformat
+
+    notebook = nbformat.read(loader.NOTEBOOK, 4)
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.metadata.pop("execution", None)
+        joined = []
+        for output in cell.outputs:
+            if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+                joined[-1].text += output.text
+            else:
+                joined.append(output)
+        for output in (output for output in joined if output.output_type == "stream"):
+            output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
+        cell.outputs = [output for output in joined if output.output_type != "stream" or output.text.strip()]
+    nb.write_whole(loader.NOTEBOOK, lambda part: nbformat.write(notebook, part))
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it otherwise
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "guide", "measure", "samples", "standin", "hero", "readme"))
+    parser.add_argument(
+        "command", choices=("train", "guide", "measure", "samples", "standin", "hero", "readme", "tidy")
+    )
     parser.add_argument("weights", nargs="?", type=Path, default=SHIPPED)
     parser.add_argument("--run-dir", default=str(ROOT / "runs" / "shipped"))
     parser.add_argument("--steps", type=int, default=5000)

@@ -17,8 +17,10 @@ from conftest import paint
 from PIL import Image
 
 
-def test_own_images_become_an_image_set(nb, tiny, own_images):
-    config = nb.replace(tiny, data_dir=str(own_images), train_images=0)
+@pytest.mark.parametrize("place", ["mine", "mine/cifar10"])
+def test_own_images_become_an_image_set(nb, tiny, tmp_path, place):
+    paint(tmp_path / place)
+    config = nb.replace(tiny, data_dir=str(tmp_path / "mine"), train_images=0)
     train, test = nb.load_images(config, True), nb.load_images(config, False)
     assert train.images.dtype == torch.uint8 and train.images.shape == (72, 3, 16, 16) and len(test) == 24
     assert train.class_names == ("cup", "key", "shoe") and "own images" in train.source
@@ -166,6 +168,28 @@ def test_a_half_archive_is_not_taken_for_whole(nb, tiny, archive):
     assert not (Path(tiny.data_dir) / "cifar-10-batches-py").exists()
 
 
+def test_a_lost_list_of_classes_is_unpacked_again(nb, tiny, archive):
+    meta = place(archive, tiny).parent / "cifar-10-batches-py" / "batches.meta"
+    nb.load_images(tiny, True)
+    for spoil in (meta.unlink, lambda: meta.write_bytes(b"")):
+        spoil()
+        assert nb.load_images(tiny, True).class_names == tuple(nb.CLASSES)
+
+
+def test_jpeg_copies_of_all_of_cifar_are_told(nb, tiny, tmp_path, monkeypatch):
+    """The folder is as large as CIFAR-10 only in name: reading 10,000 files would be another test."""
+    folder = tmp_path / "data" / "cifar10"
+    paint(folder, classes=tuple(sorted(nb.CLASSES)), counts=(2, 2))
+    one = folder / "test" / "cat" / "000.png"
+    Image.open(one).save(one.with_suffix(".jpg"))
+    one.unlink()
+    files = nb.ImageFolder(folder / "test").samples
+    monkeypatch.setattr(nb.ImageFolder, "samples", files * 500, raising=False)
+    monkeypatch.setattr(nb, "cached", lambda *_: torch.zeros(10_000, 3, 32, 32, dtype=torch.uint8))
+    monkeypatch.setattr(nb.ImageFolder, "__init__", lambda self, *a, **k: setattr(self, "classes", sorted(nb.CLASSES)))
+    assert nb.load_images(tiny, False).source == "CIFAR-10 (5% of the test images JPEG copies)"
+
+
 def test_a_damaged_unpacked_archive_is_reported(nb, tiny, archive):
     path = place(archive, tiny)
     nb.load_images(tiny, True)
@@ -304,8 +328,11 @@ def test_a_data_dir_that_cannot_work_is_named_and_nothing_is_fetched(nb, tiny, t
         nb.load_images(nb.replace(tiny, data_dir=str(tmp_path / "file.zip"), download=True), True)
     paint(tmp_path / "flat")
     (tmp_path / "flat" / "train").rename(tmp_path / "loose")
-    with pytest.raises(ValueError, match="has images but no train/ and test/"):
-        nb.load_images(nb.replace(tiny, data_dir=str(tmp_path / "loose"), download=True), True)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.JPEG").write_bytes(b"")
+    for name in ("loose", "photos"):
+        with pytest.raises(ValueError, match="has images but no train/ and test/"):
+            nb.load_images(nb.replace(tiny, data_dir=str(tmp_path / name), download=True), True)
 
 
 def test_first_of_each_passes_over_a_class_without_images(nb):

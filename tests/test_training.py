@@ -132,6 +132,11 @@ def test_any_divisible_size_and_channel_count(nb, shape, levels):
     assert awake(nb, config)(x, torch.tensor([3, 4]), torch.tensor([0, 1])).shape == x.shape
 
 
+def test_an_odd_size_needs_a_single_level(nb):
+    config = nb.make_config("smoke", image_shape=(3, 7, 5), widths=(16,), attention=(0,))
+    assert awake(nb, config)(torch.randn(2, 3, 7, 5), torch.tensor([3, 4]), torch.tensor([0, 1])).shape == (2, 3, 7, 5)
+
+
 def test_images_in_a_batch_do_not_mix(nb, tiny):
     model, x = awake(nb, tiny), torch.randn(3, 3, 32, 32)
     t, y = torch.tensor([1, 500, 900]), torch.tensor([0, 5, 10])
@@ -210,7 +215,7 @@ def test_stop_and_resume_equals_never_stopped(nb, tiny):
         part = nb.train(interrupted, images, images, progress=False)
     finally:
         nb.train_step = original
-    assert part.step == 3 and len(part.losses) == 3
+    assert part.step == 3 and len(part.losses) == 3 and part.history["loss"] == part.losses
     torch.manual_seed(99)  # the caller's random state must not matter
     resumed = nb.train(interrupted, images, images, resume=True, progress=False)
     assert resumed.step == whole.step and [m["step"] for m in resumed.milestones] == [0, 2, 5, 8]
