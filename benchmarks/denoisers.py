@@ -75,7 +75,7 @@ def network(name: str, model, noisy, s: float, y):
 
 
 def draw(facts) -> None:
-    fig, axes = nb.plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
+    fig, axes = nb.plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
     for ax, measure in zip(axes, ("PSNR", "SSIM", "MSE")):
         for name, rows in facts["methods"].items():
             style = "o-" if name.startswith("diffusion") else ("k:" if name == "noisy image" else "s--")
@@ -84,7 +84,7 @@ def draw(facts) -> None:
         ax.set(xlabel="σ of the noise (of 255)", title=measure + " in dB" * (measure == "PSNR"))
         ax.grid(alpha=0.3)
     ax.set_yscale("log")
-    ax.legend(fontsize=6)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     path = RESULTS.with_suffix(".png")
     nb.write_whole(path, lambda part: fig.savefig(part, format="png", dpi=90))
 
