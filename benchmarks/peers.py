@@ -1,6 +1,6 @@
 """This notebook beside diffusers and denoising-diffusion-pytorch: speed, memory, and how the costs grow.
 
-    python benchmarks/peers.py                     everything, perhaps half an hour or more on two CPU cores
+    python benchmarks/peers.py                     everything, about 20 minutes on two CPU cores
     python benchmarks/peers.py --quick             the same with tiny sizes, a rehearsal: its numbers mean nothing
     python benchmarks/peers.py --only training     one part; the other parts of results/<device>.json are kept
     python benchmarks/peers.py --profile           also where the time of a training step goes
