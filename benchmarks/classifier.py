@@ -66,10 +66,8 @@ def errors(args) -> None:
         print(f"round {r + 1} of {args.rounds}, t = {t}, {table['seconds']:.0f} s", flush=True)
 
 
-SETTINGS = ((12, 0.3), (24, 0.3), (24, 0.1), (48, 0.1), (48, 0.02))  # (rounds, error_rate); the first is the notebook's
-STARTS = (
-    12  # every curve is the mean over so many starts of the same sequence of steps, so that no single round decides
-)
+SETTINGS = ((12, 0.1), (12, 0.3), (24, 0.1), (24, 0.05), (48, 0.05))  # (rounds, error_rate); the first is the default
+STARTS = 48  # every curve is the mean over so many starts of its sequence of steps, so that no single round decides
 
 
 # ------------------------------------------------------------------------------------------------- methods
@@ -155,11 +153,11 @@ def report(args) -> None:
         row |= dict(uniform_passes_for_it=needed, uniform_is_dearer=needed and needed / row["passes"])
     same, single = {}, table["errors"].flatten(1, 2)  # (N, 2 rounds, 10): noises one by one
     split = [[(2 * r + k % 2, w) for k, (r, w) in enumerate(order)] for order in guided]  # of each pair one sign
-    straight = [[o for o in order if o[0] % 2 == 0] for order in guided]
-    straight = [order[: min(map(len, straight))] for order in straight]
+    halves = [[[(2 * r + side, w) for r, w in order] for order in orders(guide, t[side::2])] for side in (0, 1)]
     for m in (4, 8, 16):  # at equal cost: 20 m passes
         rows = {"antithetic pairs": (pairs, guided, m), "single noises": (single, split, 2 * m)}
-        rows |= {"no mirror images": (pairs, straight, m), "even weights": (pairs, found["guided t"], m)}
+        rows |= {"no mirror images": (pairs, halves[0], m), "mirror images only": (pairs, halves[1], m)}
+        rows |= {"even weights": (pairs, found["guided t"], m), "uniform t": (pairs, everywhere, m)}
         rows = {name: (errors, some, k) for name, (errors, some, k) in rows.items() if k <= len(some[0])}
         same[f"{20 * m} passes"] = {
             n: round(curve(e, some, labels, 1)[k - 1][1], 4) for n, (e, some, k) in rows.items()

@@ -185,7 +185,7 @@ def test_jpeg_copies_of_all_of_cifar_are_told(nb, tiny, tmp_path, monkeypatch):
     one.unlink()
     files = nb.ImageFolder(folder / "test").samples
     monkeypatch.setattr(nb.ImageFolder, "samples", files * 500, raising=False)
-    monkeypatch.setattr(nb, "cached", lambda *_: torch.zeros(10_000, 3, 32, 32, dtype=torch.uint8))
+    monkeypatch.setattr(nb, "read_images", lambda files: torch.zeros(len(files), 3, 32, 32, dtype=torch.uint8))
     monkeypatch.setattr(nb.ImageFolder, "__init__", lambda self, *a, **k: setattr(self, "classes", sorted(nb.CLASSES)))
     assert nb.load_images(tiny, False).source == "CIFAR-10 (5% of the test images JPEG copies)"
 

@@ -108,7 +108,8 @@ def check_run(folder: Path, marked: bool) -> dict:
     assert results["config"]["preset"] == "smoke" and "accuracy" in results["results"]
     for entry in results["results"].values():
         assert {"value", "images", "source", "weights", "device", "seconds"} <= set(entry)
-        assert ("stand-in" in entry["source"]) == marked
+        assert ("stand-in" in entry["source"]) == (marked and "photograph" not in entry["source"])
+    assert {f"{s}, {what}" for s in ("ddpm", "ddim", "dpm++") for what in ("seconds", "off")} < set(results["results"])
     return results
 
 
@@ -120,7 +121,7 @@ def test_as_a_plain_script_without_ipython_on_stand_in_images(tmp_path):
     assert len(lines) == 1 and "Warning" not in done.stderr
     for start in (
         "80 images in", "rows, written to", "evaluations an image", "test images right", "rows: clean", "checkpoint, ",
-        "untrained network", "noise MSE on one batch", "RMS error",
+        "untrained network", "noise MSE on one batch", "RMS error", "RMS difference", "between labels", "information",
     ):  # fmt: skip
         assert [line for line in done.stdout.splitlines() if start in line and "stand-in images, not" in line], start
     check_run(tmp_path, marked=True)
@@ -155,8 +156,8 @@ def test_one_class_few_test_images_and_another_schedule(tmp_path):
     as_script(tmp_path, preset="smoke", data_dir="mine", schedule="cosine")
     paint(tmp_path / "mine", classes=("only",), counts=(12, 5), size=(20, 12))
     done = run_script(tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "(3, 20, 12), 1 classes" in done.stdout
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
+    assert "(3, 20, 12), 1 classes" in done.stdout and "nan" not in done.stdout
     check_run(tmp_path, marked=False)
 
 
@@ -209,7 +210,7 @@ def test_size_and_shape_of_the_notebook():
     assert len(STORED) < 3_000_000
     lengths = [sum(1 for line in cell.source.splitlines() if line.strip()) for cell in CODE]
     assert max(lengths) <= 45 and statistics.median(lengths) <= 10
-    assert sum(lengths) <= 1450 and len(NOTEBOOK.cells) - len(CODE) >= len(CODE)
+    assert sum(lengths) <= 1490 and len(NOTEBOOK.cells) - len(CODE) >= len(CODE)
     assert [i for i, cell in enumerate(CODE) if "parameters" in cell.metadata.get("tags", [])] == [1]
 
 
@@ -262,7 +263,7 @@ def test_results_are_those_of_the_committed_notebook():
     facts = json.loads(safe_open(ROOT / "assets" / "unet-cifar10.safetensors", "pt").metadata()["facts"])
     assert RESULTS["training"] == facts and facts["story"] in PRINTED
     for name, entry in RESULTS["results"].items():
-        assert entry["source"] in PRINTED and entry["images"] >= 8 and entry["device"] == "cpu"
+        assert entry["source"] in PRINTED and entry["images"] >= 1 and entry["device"] == "cpu"
         row = next(line for line in PRINTED.splitlines() if line[:43].rstrip() == name[:43].rstrip() and len(line) > 50)
         assert row[44:].split()[0] == str(entry["images"]), name
         assert row[44:].split()[2 : 2 + np.size(entry["value"])] == [

@@ -313,7 +313,7 @@ def test_an_earlier_checkpoint_is_set_aside_and_not_overwritten(nb, tiny, capsys
     kept = path.read_bytes()
     nb.train(nb.replace(tiny, seed=4), images, progress=False)
     assert (path.parent / "checkpoint-1.pt").read_bytes() == kept != path.read_bytes()
-    assert "kept the earlier run" in capsys.readouterr().out
+    assert "kept the earlier checkpoint.pt" in capsys.readouterr().out
 
 
 def test_a_write_that_fails_leaves_the_old_file(nb, tmp_path):
