@@ -36,6 +36,7 @@ def configure(args) -> "nb.Config":
     return nb.make_config(
         "cpu", run_dir=args.run_dir, data_dir=str(ROOT / "data"), batch_size=64, learning_rate=args.rate, warmup=50,
         ema_half_life=args.half_life, train_steps=args.steps, cooldown=args.cooldown, seed=args.seed, download=False,
+        snr_power=args.snr_power,
     )  # fmt: skip
 
 
@@ -56,6 +57,9 @@ def train(args) -> None:
     )
     facts["run_ends"] = [*before.get("run_ends", [before["steps"]] if before else []), facts["steps"]]
     facts["story"] += f"; the learning rate fell to zero at steps {', '.join(map(str, facts['run_ends']))}"
+    facts["snr_powers"] = [*before.get("snr_powers", [0.0] * len(facts["run_ends"][:-1])), config.snr_power]
+    if any(facts["snr_powers"]):
+        facts["story"] += f", with snr_power {', '.join(f'{p:g}' for p in facts['snr_powers'])}"
     run.model.config = nb.replace(config, data_dir="data", run_dir="runs")  # the folders here are nobody's business
     nb.save_weights(Path(args.run_dir) / "weights.safetensors", run.model, facts)
     print(facts["story"])
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--half-life", type=int, default=120)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--snr-power", type=float, default=0.0)
     parser.add_argument("--scratch", action="store_true")
     parser.add_argument("--commit", default="")
     parser.add_argument("--images", type=int, default=1000)
