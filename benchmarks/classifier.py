@@ -1,8 +1,9 @@
 """What a network evaluation buys in classification: every method on the same errors, measured once.
 
     python benchmarks/classifier.py errors --images 200 --rounds 100   # slow; goes on where it stopped
-    python benchmarks/classifier.py baselines --minutes 5
+    python benchmarks/classifier.py baselines --minutes 5              # goes on where it stopped
     python benchmarks/classifier.py report                             # results/classifier.json and .png
+    python benchmarks/classifier.py density --out runs/shipped/study.pt   # where t should lie, on training images
 
 `errors` stores, for test images, the squared error under all ten labels in many rounds: a step t anywhere in the
 schedule, a noise and its negative, every second round on the mirror image. Every method is then a choice among these
@@ -195,6 +196,42 @@ def draw(facts) -> None:
     nb.write_whole(path, lambda part: fig.savefig(part, format="png", dpi=90))
 
 
+def density(args) -> None:
+    """Accuracy on training images for steps t with density information**power: results/density.json.
+
+    From the study that `shipped.py guide` leaves behind, one pair of noises at each of its steps, no class dropped. The
+    guide is fitted on one half of the images and judged on the other, both ways round, from 24 starts each.
+    """
+    study, table = torch.load(args.out), {}
+    errors, t, labels = study["errors"], study["t"].tolist(), study["labels"]
+    half, counts = torch.arange(len(labels)) % 2, (2, 4, 6, 8, 10, 12)
+    for power in (0, 0.5, 1, 2, 3, 4):
+        found = {n: [] for n in counts}
+        for side in (0, 1):
+            guide = nb.fit_guide(errors[half == side], study["t"], labels[half == side])
+            others, truth = errors[half != side], labels[half != side]
+            grid = np.linspace(t[0], t[-1], 1000)
+            share = np.cumsum(np.interp(grid, guide["t"], guide["information"]) ** power)
+            for start in range(24):
+                left, order = list(range(len(t))), []
+                for wanted in np.interp(
+                    (start / 24 + np.arange(400) * 0.6180339887498949) % 1, share / share[-1], grid
+                ):
+                    if left and abs(t[best := min(left, key=lambda k: abs(t[k] - wanted))] - wanted) <= 2 * t[-1] / len(
+                        t
+                    ):
+                        left.remove(best)
+                        order.append(best)
+                total = torch.stack([guide["weight"][k] * others[:, k] for k in order], 1).cumsum(1)
+                for n in (n for n in counts if n <= len(order)):
+                    found[n].append((total[:, n - 1].argmin(1) == truth).float().mean().item())
+        k = errors.shape[2]
+        table[f"information ** {power:g}"] = {2 * k * n: round(float(np.mean(v)), 4) for n, v in found.items() if v}
+    facts = dict(images=len(labels), starts=24, **study["facts"], date=time.strftime("%Y-%m-%d"), accuracy=table)
+    nb.write_whole(RESULTS.with_name("density.json"), lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+    print(json.dumps(facts, indent=1))
+
+
 # ----------------------------------------------------------------------------------------------- baselines
 
 
@@ -207,13 +244,25 @@ def small_cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
 
 
-def fit(model, images, test, minutes: float, lr: float, seed: int = 0) -> dict:
-    """Cross-entropy and AdamW for `minutes`, the learning rate falling linearly with the time that is left."""
+def fit(model, images, test, minutes: float, lr: float, path: Path, seed: int = 0) -> dict:
+    """Cross-entropy and AdamW for `minutes` of computing, the learning rate falling linearly with the time that is left.
+
+    Every minute everything is written to `path`, from where the same call goes on.
+    """
     torch.manual_seed(seed)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
-    start, step = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < 60 * minutes:
+    spent, step, saved = 0.0, 0, 0.0
+    if path.exists():
+        stored = torch.load(path)
+        if stored["minutes"] != minutes:
+            raise SystemExit(f"{path} is of a run of {stored['minutes']:g} minutes: move it away")
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        spent, step, saved = stored["spent"], stored["step"], stored["spent"]
+    while spent < 60 * minutes:
+        start = time.perf_counter()
+        torch.manual_seed(seed + 1_000_003 * (step + 1))
         x_0, y = nb.batch_at(step, images, 128, seed)
         shift = [int(v) for v in torch.randint(-4, 5, (2,))]
         x_0 = F.pad(x_0, (4, 4, 4, 4), "reflect")[:, :, 4 + shift[0] : 36 + shift[0], 4 + shift[1] : 36 + shift[1]]
@@ -223,7 +272,12 @@ def fit(model, images, test, minutes: float, lr: float, seed: int = 0) -> dict:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step += 1
+        step, spent = step + 1, spent + time.perf_counter() - start
+        if spent - saved > 60 or spent >= 60 * minutes:
+            saved, state = spent, dict(minutes=minutes, spent=spent, step=step)
+            state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            nb.write_whole(path, functools.partial(torch.save, state))
+            print(f"{path.stem}: minute {spent / 60:.0f} of {minutes:g}, loss {loss.item():.3f}", flush=True)
     model.eval()
     with torch.inference_mode():
         logits = torch.cat([model(nb.to_unit(x)) for x in test.images.split(500)])
@@ -231,7 +285,7 @@ def fit(model, images, test, minutes: float, lr: float, seed: int = 0) -> dict:
     low, high = nb.wilson(right, len(test))
     return dict(
         accuracy=right / len(test), interval=[round(low, 4), round(high, 4)], images=len(test), seconds=round(spent),
-        images_seen=128 * step, parameters=sum(p.numel() for p in model.parameters()),
+        images_seen=128 * step, parameters=sum(p.numel() for p in model.parameters()), date=time.strftime("%Y-%m-%d"),
     )  # fmt: skip
 
 
@@ -239,20 +293,22 @@ def baselines(args) -> None:
     """Networks that do nothing but classify, on all 10,000 test images."""
     config, _ = setting(args)
     images, test = (nb.load_images(config, train=part) for part in (True, False))
-    found = {
-        "logistic regression on pixels": fit(
-            nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), images, test, args.minutes, 1e-3
-        ),
-        "small CNN": fit(small_cnn(), images, test, args.minutes, 3e-3),
-    }
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    nb.write_whole(RESULTS, lambda part: part.write_text(json.dumps(old | {"baselines": found}, indent=1)))
+    found = {}
+    for name, model, lr in (
+        ("logistic regression on pixels", nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), 1e-3),
+        ("small CNN", small_cnn(), 3e-3),
+    ):
+        path = Path(args.out).with_name(f"{name.replace(' ', '-')}.pt")
+        found[name] = fit(model, images, test, args.minutes, lr, path)
+        old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        old["baselines"] = old.get("baselines", {}) | found
+        nb.write_whole(RESULTS, lambda part, facts=old: part.write_text(json.dumps(facts, indent=1)))
     print(json.dumps(found, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("errors", "baselines", "report"))
+    parser.add_argument("command", choices=("errors", "baselines", "report", "density"))
     parser.add_argument("--weights", type=Path, default=ROOT / "assets" / "unet-cifar10.safetensors")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=100)

@@ -71,6 +71,8 @@ def guide(args) -> None:
     some, start = nb.load_images(config, train=True).subset(args.images, seed=5), time.perf_counter()
     errors, t = nb.study_steps(model, some, 25)
     model.facts["guide"] = nb.fit_guide(errors, t, some.labels) | {"source": some.source}
+    study = dict(errors=errors, t=t, labels=some.labels, facts=dict(source=some.source, weights=model.facts["story"]))
+    nb.write_whole(Path(args.run_dir) / "study.pt", lambda part: torch.save(study, part))
     nb.save_weights(args.weights, model, model.facts)
     print(json.dumps(model.facts["guide"]), f"{time.perf_counter() - start:.0f} s")
 
