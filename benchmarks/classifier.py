@@ -3,7 +3,7 @@
     python benchmarks/classifier.py errors --images 200 --rounds 100   # slow; goes on where it stopped
     python benchmarks/classifier.py baselines --minutes 5              # goes on where it stopped
     python benchmarks/classifier.py report                             # results/classifier.json and .png
-    python benchmarks/classifier.py density --out runs/shipped/study.pt   # where t should lie, on training images
+    python benchmarks/classifier.py density                            # where t should lie, on training images
 
 `errors` stores, for test images, the squared error under all ten labels in many rounds: a step t anywhere in the
 schedule, a noise and its negative, every second round on the mirror image. Every method is then a choice among these
@@ -249,17 +249,16 @@ def fit(model, images, test, minutes: float, lr: float, path: Path, seed: int = 
 
     Every minute everything is written to `path`, from where the same call goes on.
     """
-    torch.manual_seed(seed)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
-    spent, step, saved = 0.0, 0, 0.0
+    spent, step, saved, date = 0.0, 0, 0.0, ""
     if path.exists():
         stored = torch.load(path)
         if stored["minutes"] != minutes:
             raise SystemExit(f"{path} is of a run of {stored['minutes']:g} minutes: move it away")
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
-        spent, step, saved = stored["spent"], stored["step"], stored["spent"]
+        spent, step, saved, date = (stored[k] for k in ("spent", "step", "spent", "date"))
     while spent < 60 * minutes:
         start = time.perf_counter()
         torch.manual_seed(seed + 1_000_003 * (step + 1))
@@ -274,7 +273,8 @@ def fit(model, images, test, minutes: float, lr: float, path: Path, seed: int = 
         optimizer.step()
         step, spent = step + 1, spent + time.perf_counter() - start
         if spent - saved > 60 or spent >= 60 * minutes:
-            saved, state = spent, dict(minutes=minutes, spent=spent, step=step)
+            saved, date = spent, time.strftime("%Y-%m-%d")
+            state = dict(minutes=minutes, spent=spent, step=step, date=date)
             state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
             nb.write_whole(path, functools.partial(torch.save, state))
             print(f"{path.stem}: minute {spent / 60:.0f} of {minutes:g}, loss {loss.item():.3f}", flush=True)
@@ -285,7 +285,7 @@ def fit(model, images, test, minutes: float, lr: float, path: Path, seed: int = 
     low, high = nb.wilson(right, len(test))
     return dict(
         accuracy=right / len(test), interval=[round(low, 4), round(high, 4)], images=len(test), seconds=round(spent),
-        images_seen=128 * step, parameters=sum(p.numel() for p in model.parameters()), date=time.strftime("%Y-%m-%d"),
+        images_seen=128 * step, parameters=sum(p.numel() for p in model.parameters()), date=date,
     )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def baselines(args) -> None:
     """Networks that do nothing but classify, on all 10,000 test images."""
     config, _ = setting(args)
     images, test = (nb.load_images(config, train=part) for part in (True, False))
-    found = {}
+    found, _ = {}, torch.manual_seed(0)
     for name, model, lr in (
         ("logistic regression on pixels", nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), 1e-3),
         ("small CNN", small_cnn(), 3e-3),
@@ -313,8 +313,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--out", default=str(ROOT / "runs" / "classifier.pt"))
+    parser.add_argument(
+        "--out", help="the table of errors, runs/classifier.pt; for density the study, runs/shipped/study.pt"
+    )
     args = parser.parse_args()
+    args.out = args.out or str(ROOT / "runs" / ("shipped/study.pt" if args.command == "density" else "classifier.pt"))
     globals()[args.command](args)
 
 

@@ -1,7 +1,7 @@
 """How assets/unet-cifar10.safetensors and assets/standin.png are made and measured, with the notebook's own functions.
 
     python benchmarks/shipped.py train --steps 5000 --cooldown 0.5     # goes on where it stopped; Ctrl-C is safe
-    python benchmarks/shipped.py guide runs/shipped/weights.safetensors --images 250    # what each t knows of the class
+    python benchmarks/shipped.py guide runs/shipped/weights.safetensors --images 200    # what each t knows of the class
     python benchmarks/shipped.py measure runs/shipped/weights.safetensors --images 1000
     python benchmarks/shipped.py optimizers --run-dir runs/optimizers   # Muon against AdamW in the notebook's own training
     python benchmarks/shipped.py samples runs/shipped/weights.safetensors --images 1000   # for a Frechet distance
@@ -50,13 +50,15 @@ def train(args) -> None:
     facts = {name: before.get(name, 0) + more for name, more in (("steps", run.step), ("seconds", round(run.seconds)))}
     facts["images_seen"] = run.images_seen  # those before included
     facts |= dict(device=config.device, data=images.source, torch=torch.__version__, commit=args.commit)
-    facts |= dict(train_loss=round(float(np.mean(run.losses[-100:])), 5))
+    facts |= dict(train_loss=round(float(np.mean(run.losses[-100:])), 5), train_loss_is="noise MSE / SNR ** snr_power")
     facts["story"] = (
         f"{facts['images_seen']:,} images in {facts['steps']:,} steps of {config.batch_size} and "
-        f"{facts['seconds'] / 60:.0f} minutes on two shared CPU cores, from {images.source}"
+        f"{facts['seconds'] / 60:.0f} minutes (waiting included) on two shared CPU cores, from {images.source}"
     )
-    facts["run_ends"] = [*before.get("run_ends", [before["steps"]] if before else []), facts["steps"]]
-    facts["story"] += f"; the learning rate fell to zero at steps {', '.join(map(str, facts['run_ends']))}"
+    facts["run_ends"] = [*before.get("run_ends", [2940, 5440, before["steps"]] if before else []), facts["steps"]]
+    facts["story"] += (
+        f"; the last layer estimates v since step 2,140, and the learning rate fell to zero at steps {', '.join(f'{n:,}' for n in facts['run_ends'])}"
+    )
     facts["snr_powers"] = [*before.get("snr_powers", [0.0] * len(facts["run_ends"][:-1])), config.snr_power]
     if any(facts["snr_powers"]):
         facts["story"] += f", with snr_power {', '.join(f'{p:g}' for p in facts['snr_powers'])}"

@@ -180,8 +180,8 @@ def test_loss_is_the_noise_mse_and_drops_labels_one_by_one(nb, tiny):
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_snr_power_leads_from_the_mse_of_the_noise_to_that_of_the_image(nb, tiny, power):
-    """With one image a batch the weight is one number: the ratio to both errors, worked out from x_0_hat."""
-    alpha_bar, x_0, seen = nb.linear_schedule(1000), torch.rand(1, 3, 4, 4) * 2 - 1, {}
+    """Every image has its own weight: the ratio of both its errors, worked out from x_0_hat."""
+    alpha_bar, x_0, seen = nb.linear_schedule(1000), torch.rand(4, 3, 4, 4) * 2 - 1, {}
 
     def model(x_t, t, y):
         seen.update(x_t=x_t, t=t, eps_hat=0.9 * x_t)
@@ -190,12 +190,12 @@ def test_snr_power_leads_from_the_mse_of_the_noise_to_that_of_the_image(nb, tiny
     model.config = tiny
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
-        loss = nb.diffusion_loss(model, x_0, torch.zeros(1, dtype=torch.int64), alpha_bar, 0.0, g, snr_power=power)
+        loss = nb.diffusion_loss(model, x_0, torch.zeros(4, dtype=torch.int64), alpha_bar, 0.0, g, snr_power=power)
         a = alpha_bar[seen["t"]].view(-1, 1, 1, 1)
         eps = (seen["x_t"].double() - a.sqrt() * x_0) / (1 - a).sqrt()
         x_0_hat = (seen["x_t"].double() - (1 - a).sqrt() * seen["eps_hat"]) / a.sqrt()
-        of_noise, of_image = F.mse_loss(seen["eps_hat"].double(), eps), F.mse_loss(x_0_hat, x_0.double())
-        assert loss.item() == pytest.approx((of_noise ** (1 - power) * of_image**power).item(), rel=1e-3)
+        of_noise, of_image = ((u - v).square().mean((1, 2, 3)) for u, v in ((seen["eps_hat"], eps), (x_0_hat, x_0)))
+        assert loss.item() == pytest.approx((of_noise ** (1 - power) * of_image**power).mean().item(), rel=1e-3)
 
 
 def test_the_last_step_is_drawn(nb, tiny):

