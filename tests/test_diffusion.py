@@ -68,7 +68,7 @@ def test_solvers_agree_with_diffusers(nb, solver, eta):
     model, y, steps = Wavy(config), torch.tensor([0, 3, 9]), 20
     scheduler = oracle_scheduler(solver)
     scheduler.set_timesteps(steps)
-    assert nb.timesteps(1000, steps).tolist() == scheduler.timesteps.tolist()
+    assert nb.timesteps(1000, steps, spacing=1).tolist() == scheduler.timesteps.tolist()
     shape = (3, *config.image_shape)
     draws = noises(5, steps + 1, shape)
     x = draws[0]
@@ -80,9 +80,29 @@ def test_solvers_agree_with_diffusers(nb, solver, eta):
             noise = draws[i + 1] if eta else None
             x = scheduler.step(eps_hat, t, x, eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
     g = torch.Generator().manual_seed(5)  # sample draws its noise in the same order
-    ours = nb.sample(model, y, steps, solver, eta=eta, generator=g)
+    ours = nb.sample(model, y, steps, solver, eta=eta, generator=g, spacing=1)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
     assert x.std() > 0.1  # the comparison is not one of constants
+
+
+def test_the_default_spacing_agrees_with_diffusers_given_the_same_steps(nb):
+    config = nb.make_config("smoke", T=1000)
+    model, y, scheduler = Wavy(config), torch.tensor([0, 3, 9]), oracle_scheduler("dpm++")
+    scheduler.set_timesteps(timesteps=nb.timesteps(1000, 20).tolist())
+    (x,) = noises(5, 1, (3, *config.image_shape))
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.expand(3), y), t, x).prev_sample
+    ours = nb.sample(model, y, 20, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+    assert x.std() > 0.1
+
+
+def test_steps_are_spaced_by_the_square(nb):
+    """Song et al. 2021, appendix D.2: tau_i = c i ** 2, here counted from the end and so that T - 1 is the first."""
+    assert nb.timesteps(1000, 5).tolist() == [999, 639, 359, 159, 39]
+    assert nb.timesteps(100, 20).tolist()[-8:] == [15, 11, 8, 5, 3, 2, 1, 0]
+    with pytest.raises(ValueError, match="spacing = 0.5"):
+        nb.sample(Wavy(nb.make_config("smoke")), torch.tensor([0]), spacing=0.5)
 
 
 def test_ddpm_over_all_steps_agrees_with_the_ancestral_sampler_of_diffusers(nb):
@@ -97,9 +117,10 @@ def test_ddpm_over_all_steps_agrees_with_the_ancestral_sampler_of_diffusers(nb):
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 20, 999, 1000])
-def test_timesteps_start_at_the_noisiest_and_never_repeat(nb, steps):
-    t = nb.timesteps(1000, steps)
+@pytest.mark.parametrize("spacing", [1, 1.5, 2, 3])
+@pytest.mark.parametrize("steps", [1, 7, 20, 500, 999, 1000])
+def test_timesteps_start_at_the_noisiest_and_never_repeat(nb, steps, spacing):
+    t = nb.timesteps(1000, steps, spacing)
     assert len(t) == steps and t[0] == 999 and t[-1] >= 0 and (t.diff() < 0).all()
 
 
