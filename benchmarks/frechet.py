@@ -2,6 +2,7 @@
 
     .venv/bin/pip install -r benchmarks/requirements.txt
     .venv/bin/python benchmarks/frechet.py --images 2000                                   # the shipped weights
+    .venv/bin/python benchmarks/frechet.py --images 2000 --spacing 1                       # with steps spaced evenly
     .venv/bin/python benchmarks/frechet.py --images 2000 --weights runs/old.safetensors    # others beside them
 
 The features are the 1280 averages before the last layer of an EfficientNet-Lite0, whose weights come with a Python package, so
@@ -77,7 +78,7 @@ def store(images: np.ndarray, path: Path) -> None:
         np.save(file, images)
 
 
-def drawn(model, path: Path, images: int, guidance_scale: float) -> torch.Tensor:
+def drawn(model, path: Path, images: int, **settings) -> torch.Tensor:
     """uint8 (images, 3, 32, 32), classes in turn, from the file as far as it has them already."""
     made = (
         torch.from_numpy(np.load(path))
@@ -86,7 +87,7 @@ def drawn(model, path: Path, images: int, guidance_scale: float) -> torch.Tensor
     )
     for start in range(len(made), images, PART):
         y, dice = torch.arange(PART) % model.config.num_classes, torch.Generator().manual_seed(10_000 + start)
-        x_0 = nb.sample(model, y, guidance_scale=guidance_scale, generator=dice)
+        x_0 = nb.sample(model, y, generator=dice, **settings)
         made = torch.cat([made, nb.to_uint8(x_0)])
         nb.write_whole(path, functools.partial(store, made.numpy()))
         print(f"{len(made)} of {images} images", flush=True)
@@ -97,14 +98,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=ROOT / "assets" / "unet-cifar10.safetensors")
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--spacing", type=float, default=2.0)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "frechet")
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
     config, model = nb.make_config("cpu", data_dir=str(ROOT / "data"), download=False), nb.load_weights(args.weights)
     stamp = hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()[:8]
-    name = f"{stamp}-{args.guidance:g}"
-    made = drawn(model, args.run_dir / f"{name}.npy", args.images, args.guidance)
+    settings = dict(steps=args.steps, spacing=args.spacing, guidance_scale=args.guidance)
+    name = "-".join([stamp, *(f"{v:g}" for v in settings.values())])
+    made = drawn(model, args.run_dir / f"{name}.npy", args.images, **settings)
 
     metric = FrechetInceptionDistance(Features(), reset_real_features=False)
     metric.persistent(True)
@@ -120,13 +124,11 @@ def main() -> None:
         nb.write_whole(reference, functools.partial(torch.save, sums))
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: args.images]
     facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    facts |= dict(
-        reference=train.source, reference_images=len(train), solver="dpm++, 20 steps", date=time.strftime("%Y-%m-%d")
-    )
+    facts |= dict(reference=train.source, reference_images=len(train), solver="dpm++", date=time.strftime("%Y-%m-%d"))
     entries = facts.setdefault("distances", {})
     for key, images, more in (
         ("real test images", test.images[order], dict(source=test.source)),
-        (name, made, dict(weights=model.facts["story"], guidance_scale=args.guidance)),
+        (name, made, dict(weights=model.facts["story"], **settings)),
     ):
         found = distances(metric, images)
         entries[key] = more | dict(distance=found, limit=limit(found))
