@@ -74,16 +74,23 @@ STARTS = 48  # every curve is the mean over so many starts of its sequence of st
 # ------------------------------------------------------------------------------------------------- methods
 
 
+def nearest_unused(wanted, t: list, reach: float) -> list[int]:
+    """For each wanted step the nearest of `t` that is not taken yet, if one lies within `reach`; indices into `t`."""
+    left, taken = list(range(len(t))), []
+    for step in wanted:
+        if left and abs(t[best := min(left, key=lambda k: abs(t[k] - step))] - step) <= reach:
+            left.remove(best)
+            taken.append(best)
+    return taken
+
+
 def orders(guide: dict, t: list) -> list[list[tuple[int, float]]]:
     """STARTS times (round, weight) as `classify` would visit steps, each step taken by the nearest unused round."""
     config, found = nb.make_config("smoke"), []
     reach = 2 * max(1, guide["t"][-1] - guide["t"][0]) / len(t)
     for start in range(STARTS):
-        left, order = list(range(len(t))), []
-        for wanted, *_ in nb.rounds_of(guide, start + 4 * len(t), config, 0)[start:]:
-            if left and abs(t[best := min(left, key=lambda k: abs(t[k] - wanted))] - wanted) <= reach:
-                left.remove(best)
-                order.append((best, float(np.interp(t[best], guide["t"], guide["weight"]))))
+        wanted = [step for step, *_ in nb.rounds_of(guide, start + 4 * len(t), config, 0)[start:]]
+        order = [(k, float(np.interp(t[k], guide["t"], guide["weight"]))) for k in nearest_unused(wanted, t, reach)]
         found.append(order)
     shortest = min(map(len, found))
     return [order[:shortest] for order in found]
@@ -213,15 +220,8 @@ def density(args) -> None:
             grid = np.linspace(t[0], t[-1], 1000)
             share = np.cumsum(np.interp(grid, guide["t"], guide["information"]) ** power)
             for start in range(24):
-                left, order = list(range(len(t))), []
-                for wanted in np.interp(
-                    (start / 24 + np.arange(400) * 0.6180339887498949) % 1, share / share[-1], grid
-                ):
-                    if left and abs(t[best := min(left, key=lambda k: abs(t[k] - wanted))] - wanted) <= 2 * t[-1] / len(
-                        t
-                    ):
-                        left.remove(best)
-                        order.append(best)
+                wanted = np.interp((start / 24 + np.arange(400) * 0.6180339887498949) % 1, share / share[-1], grid)
+                order = nearest_unused(wanted, t, 2 * t[-1] / len(t))
                 total = torch.stack([guide["weight"][k] * others[:, k] for k in order], 1).cumsum(1)
                 for n in (n for n in counts if n <= len(order)):
                     found[n].append((total[:, n - 1].argmin(1) == truth).float().mean().item())
