@@ -4,12 +4,12 @@
     .venv/bin/python benchmarks/frechet.py --images 2000                                   # the shipped weights
     .venv/bin/python benchmarks/frechet.py --images 2000 --spacing 1                       # with steps spaced evenly
     .venv/bin/python benchmarks/frechet.py --images 2000 --weights runs/old.safetensors    # others beside them
+    .venv/bin/python benchmarks/frechet.py --images 2000 --guidance 1.7 --interval 0.1 10 --weaker runs/old.safetensors
 
 The features are the 1280 averages before the last layer of an EfficientNet-Lite0, whose weights come with a Python package, so
 that nothing has to be downloaded. The distance is NOT the usual FID (which takes an Inception network) and compares
-only with itself, at equal numbers of images: with few images it is too large. So real test images are measured beside
-the drawn ones at every number, and the limit for many images is estimated from a line in 1/N (Chong & Forsyth, 2020).
-Drawing is slow; Ctrl-C is safe, and the same command goes on.
+only with itself, at equal numbers of images: with few images it is too large, far too large with fewer than there are
+features. So real test images are measured beside the drawn ones at every number. Drawing is slow; Ctrl-C is safe, and the same command goes on.
 """
 
 import argparse
@@ -68,14 +68,17 @@ def distances(metric, images) -> dict:
     return found
 
 
-def limit(found: dict) -> float:
-    """The distance at 1/N = 0, from a straight line in 1/N through the values at the given N; rough below some thousands."""
-    return round(float(np.polyfit([1 / n for n in found], list(found.values()), 1)[1]), 1)
+def stamp(model) -> str:
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()[:8]
 
 
 def store(images: np.ndarray, path: Path) -> None:
     with path.open("wb") as file:  # np.save would put .npy behind a name
         np.save(file, images)
+
+
+def told(model) -> str:
+    return model.facts.get("story") or f"{model.facts['images_seen']:,} images in {model.facts['steps']:,} steps"
 
 
 def drawn(model, path: Path, images: int, **settings) -> torch.Tensor:
@@ -101,14 +104,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--spacing", type=float, default=2.0)
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--interval", type=float, nargs=2, default=[0.3, 3.0], help="of sigma, where guidance acts")
+    parser.add_argument("--weaker", type=Path, help="weights to be led away from, without a label")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "frechet")
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
     config, model = nb.make_config("cpu", data_dir=str(ROOT / "data"), download=False), nb.load_weights(args.weights)
-    stamp = hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()[:8]
-    settings = dict(steps=args.steps, spacing=args.spacing, guidance_scale=args.guidance)
-    name = "-".join([stamp, *(f"{v:g}" for v in settings.values())])
-    made = drawn(model, args.run_dir / f"{name}.npy", args.images, **settings)
+    settings, more = dict(steps=args.steps, spacing=args.spacing, guidance_scale=args.guidance), {}
+    name = "-".join([stamp(model), *(f"{v:g}" for v in settings.values())])
+    if args.guidance > 1:
+        settings |= dict(guidance_interval=args.interval)
+        name += "-in-{:g}-{:g}".format(*args.interval)
+        if args.weaker:
+            more = dict(weaker=nb.load_weights(args.weaker))
+            name += "-from-" + stamp(more["weaker"])
+    made = drawn(model, args.run_dir / f"{name}.npy", args.images, **settings, **more)
 
     metric = FrechetInceptionDistance(Features(), reset_real_features=False)
     metric.persistent(True)
@@ -126,12 +136,12 @@ def main() -> None:
     facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     facts |= dict(reference=train.source, reference_images=len(train), solver="dpm++", date=time.strftime("%Y-%m-%d"))
     entries = facts.setdefault("distances", {})
-    for key, images, more in (
+    for key, images, about in (
         ("real test images", test.images[order], dict(source=test.source)),
-        (name, made, dict(weights=model.facts["story"], **settings)),
+        (name, made, dict(weights=told(model), **settings, **{k: told(m) for k, m in more.items()})),
     ):
         found = distances(metric, images)
-        entries[key] = more | dict(distance=found, limit=limit(found))
+        entries[key] = about | dict(distance=found)
         print(key, entries[key])
     nb.write_whole(RESULTS, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
 

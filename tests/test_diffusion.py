@@ -124,21 +124,62 @@ def test_timesteps_start_at_the_noisiest_and_never_repeat(nb, steps, spacing):
     assert len(t) == steps and t[0] == 999 and t[-1] >= 0 and (t.diff() < 0).all()
 
 
-def test_guidance_in_one_batch_is_two_passes_and_is_skipped_at_one(nb):
-    config, calls = nb.make_config("smoke"), []
+def counted(calls: list, config, scale: float):
+    """A model whose answer depends on the label, and that notes the (t, y) of the first image it is asked about."""
 
     def model(x_t, t, y):
-        calls.append(len(x_t))
-        return x_t * (1 + y.view(-1, 1, 1, 1)) / 10
+        calls.append((int(t[0]), int(y[0])))
+        return x_t * (1 + y.view(-1, 1, 1, 1)) / scale
 
-    x_t, t, y = torch.randn(4, 3, 8, 8), torch.full((4,), 5), torch.tensor([0, 1, 2, 3])
     model.config = config
+    return model
+
+
+def test_guidance_is_two_passes_and_is_skipped_at_one(nb):
+    config, calls, asked = nb.make_config("smoke"), [], []
+    model, weaker = counted(calls, config, 10), counted(asked, config, 7)
+    x_t, t, y = torch.randn(4, 3, 8, 8), torch.full((4,), 5), torch.tensor([0, 1, 2, 3])
     null = torch.full_like(y, config.num_classes)
     wanted = model(x_t, t, null) + 2.5 * (model(x_t, t, y) - model(x_t, t, null))
     calls.clear()
     torch.testing.assert_close(nb.guided_eps(model, x_t, t, y, 2.5), wanted)
     torch.testing.assert_close(nb.guided_eps(model, x_t, t, y, 1), model(x_t, t, y))
-    assert calls == [8, 4, 4]
+    assert calls == [(5, 0), (5, 10), (5, 0)] + [(5, 0)]
+    away = weaker(x_t, t, null) + 2.5 * (model(x_t, t, y) - weaker(x_t, t, null))
+    calls.clear(), asked.clear()
+    torch.testing.assert_close(nb.guided_eps(model, x_t, t, y, 2.5, weaker), away)
+    assert calls == [(5, 0)] and asked == [(5, 10)]
+
+
+@pytest.mark.parametrize("w", [0, 0.5, 1, 1.5, 4])
+def test_guidance_exaggerates_only_inside_its_interval(nb, w):
+    config, calls = nb.make_config("smoke"), []
+    model, y, dice = counted(calls, config, 20), torch.tensor([3, 3]), torch.Generator()
+    x_0, trace = nb.sample(model, y, 12, guidance_scale=w, generator=dice.manual_seed(1), return_trajectory=True)
+    alpha_bar, null = nb.make_schedule(config), config.num_classes
+    sigma = {t: math.sqrt((1 - alpha_bar[t]) / alpha_bar[t]) for t in nb.timesteps(config.T, 12).tolist()}
+    inside = [t for t, s in sigma.items() if 0.3 <= s <= 3]
+    assert 1 < len(inside) < 12
+    guided = sigma if w < 1 else inside if w > 1 else ()  # to ignore the label works everywhere
+    assert [t for t, y in calls if y == null] == list(guided)
+
+    def one_of_both(x_t, t, y):  # the same, written as a model of its own
+        scale = w if int(t[0]) in guided else 1
+        with_y, without = (x_t * (1 + k) / 20 for k in (3, null))
+        return without + scale * (with_y - without)
+
+    one_of_both.config = config
+    torch.testing.assert_close(nb.sample(one_of_both, y, 12, generator=dice.manual_seed(1)), x_0, rtol=0, atol=1e-4)
+    everywhere = nb.sample(
+        model, y, 12, guidance_scale=w, generator=dice.manual_seed(1), guidance_interval=(0, math.inf)
+    )
+    assert torch.equal(everywhere, x_0) == (w <= 1)
+
+
+def test_a_weaker_network_has_to_be_of_the_same_kind(nb):
+    model, other = Wavy(nb.make_config("smoke")), Wavy(nb.make_config("smoke", schedule="cosine"))
+    with pytest.raises(ValueError, match="weaker: made with schedule"):
+        nb.sample(model, torch.tensor([0]), 2, guidance_scale=2.0, weaker=other)
 
 
 def test_trajectory_and_reproducibility(nb):
@@ -153,7 +194,14 @@ def test_trajectory_and_reproducibility(nb):
 
 @pytest.mark.parametrize(
     ("wrong", "names"),
-    [({"solver": "euler"}, "solver"), ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"eta": 2.0}, "eta")],
+    [
+        ({"solver": "euler"}, "solver"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"spacing": 0.5}, "spacing"),
+        ({"eta": 2.0}, "eta"),
+        ({"guidance_interval": (3.0, 0.3)}, "guidance_interval"),
+    ],
 )
 def test_sample_refuses_what_cannot_work(nb, wrong, names):
     with pytest.raises(ValueError, match=names):
