@@ -64,7 +64,7 @@ def distances(metric, images) -> dict:
     for n in (len(images) // 2, 3 * len(images) // 4, len(images)):
         for part in images[done:n].split(250):
             metric.update(part, real=False)
-        done, found[n] = n, round(metric.compute().item(), 2)
+        done, found[str(n)] = n, round(metric.compute().item(), 2)
     return found
 
 
@@ -140,8 +140,8 @@ def main() -> None:
         ("real test images", test.images[order], dict(source=test.source)),
         (name, made, dict(weights=told(model), **settings, **{k: told(m) for k, m in more.items()})),
     ):
-        found = distances(metric, images)
-        entries[key] = about | dict(distance=found)
+        found = distances(metric, images)  # numbers of images measured earlier stay
+        entries[key] = about | dict(distance=entries.get(key, {}).get("distance", {}) | found)
         print(key, entries[key])
     nb.write_whole(RESULTS, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
 
