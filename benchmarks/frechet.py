@@ -15,9 +15,13 @@ features. So real test images are measured beside the drawn ones at every number
 import argparse
 import functools
 import hashlib
+import itertools
 import json
+import multiprocessing
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,20 +85,47 @@ def told(model) -> str:
     return model.facts.get("story") or f"{model.facts['images_seen']:,} images in {model.facts['steps']:,} steps"
 
 
-def drawn(model, path: Path, images: int, **settings) -> torch.Tensor:
-    """uint8 (images, 3, 32, 32), classes in turn, from the file as far as it has them already."""
-    made = (
-        torch.from_numpy(np.load(path))
-        if path.exists()
-        else torch.zeros(0, *model.config.image_shape, dtype=torch.uint8)
-    )
-    for start in range(len(made), images, PART):
-        y, dice = torch.arange(PART) % model.config.num_classes, torch.Generator().manual_seed(10_000 + start)
-        x_0 = nb.sample(model, y, generator=dice, **settings)
-        made = torch.cat([made, nb.to_uint8(x_0)])
-        nb.write_whole(path, functools.partial(store, made.numpy()))
-        print(f"{len(made)} of {images} images", flush=True)
+def prepare(weights: Path, weaker: Path | None) -> None:
+    """What one process needs to draw: one thread and the networks."""
+    torch.set_num_threads(1)
+    global model, more
+    model = nb.load_weights(weights)
+    more = dict(weaker=nb.load_weights(weaker)) if weaker else {}
+
+
+def part_of(start: int, settings: dict) -> torch.Tensor:
+    """uint8 (PART, 3, 32, 32), classes in turn, seeded by their place among all images."""
+    y, dice = torch.arange(PART) % model.config.num_classes, torch.Generator().manual_seed(10_000 + start)
+    return nb.to_uint8(nb.sample(model, y, generator=dice, **settings, **more))
+
+
+def drawn(path: Path, images: int, settings: dict, *networks) -> torch.Tensor:
+    """uint8 (images, 3, 32, 32), from the file as far as it has them already, the rest drawn by a process a core."""
+    made = torch.from_numpy(np.load(path)) if path.exists() else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+    processes, spawn = os.cpu_count() or 1, multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, prepare, networks) as pool:
+        for part in pool.map(part_of, range(len(made), images, PART), itertools.repeat(settings)):
+            made = torch.cat([made, part])
+            nb.write_whole(path, functools.partial(store, made.numpy()))
+            print(f"{len(made)} of {images} images", flush=True)
     return made[:images]
+
+
+def summary(facts: dict, n: str) -> dict:
+    """What the weights file, and through it results.json, is told: every distance measured with n images."""
+    about = dict(images=int(n), features="EfficientNet-Lite0, so not an FID", reference=facts["reference"])
+    about |= dict(reference_images=facts["reference_images"], solver=facts["solver"], date=facts["date"])
+    for name, entry in facts["distances"].items():
+        if n in entry["distance"]:
+            if "weights" in entry:
+                name = f"{entry['weights'].split(' images')[0]} images seen, {entry['steps']} steps, spacing {entry['spacing']:g}"
+                name += f", guidance {entry['guidance_scale']:g}"
+            if "guidance_interval" in entry:
+                name += " where sigma is {:g} to {:g}".format(*entry["guidance_interval"])
+            if "weaker" in entry:
+                name += f", away from {entry['weaker'].split(' images')[0]} images seen, no label"
+            about[name] = entry["distance"][n]
+    return about
 
 
 def main() -> None:
@@ -106,6 +137,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--interval", type=float, nargs=2, default=[0.3, 3.0], help="of sigma, where guidance acts")
     parser.add_argument("--weaker", type=Path, help="weights to be led away from, without a label")
+    parser.add_argument("--tell", action="store_true", help="write the distances into the metadata of --weights")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "frechet")
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +150,8 @@ def main() -> None:
         if args.weaker:
             more = dict(weaker=nb.load_weights(args.weaker))
             name += "-from-" + stamp(more["weaker"])
-    made = drawn(model, args.run_dir / f"{name}.npy", args.images, **settings, **more)
+    weaker = args.weaker if more else None
+    made = drawn(args.run_dir / f"{name}.npy", args.images, settings, args.weights, weaker)
 
     metric = FrechetInceptionDistance(Features(), reset_real_features=False)
     metric.persistent(True)
@@ -144,6 +177,8 @@ def main() -> None:
         entries[key] = about | dict(distance=entries.get(key, {}).get("distance", {}) | found)
         print(key, entries[key])
     nb.write_whole(RESULTS, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+    if args.tell:
+        nb.save_weights(args.weights, model, model.facts | {"frechet_distance": summary(facts, str(args.images))})
 
 
 if __name__ == "__main__":

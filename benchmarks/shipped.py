@@ -3,6 +3,7 @@
     python benchmarks/shipped.py train --steps 5000 --cooldown 0.5     # goes on where it stopped; Ctrl-C is safe
     python benchmarks/shipped.py guide runs/shipped/weights.safetensors --images 200    # what each t knows of the class
     python benchmarks/shipped.py measure runs/shipped/weights.safetensors --images 1000
+    python benchmarks/shipped.py renew runs/early.safetensors          # from git show c4f34f2:assets/unet-cifar10.safetensors
     python benchmarks/shipped.py optimizers --run-dir runs/optimizers   # Muon against AdamW in the notebook's own training
     python benchmarks/shipped.py standin runs/shipped/weights.safetensors
     python benchmarks/shipped.py hero                                  # the picture at the top of notebook and README
@@ -78,6 +79,15 @@ def guide(args) -> None:
     nb.write_whole(Path(args.run_dir) / "study.pt", lambda part: torch.save(study, part))
     nb.save_weights(args.weights, model, model.facts)
     print(json.dumps(model.facts["guide"]), f"{time.perf_counter() - start:.0f} s")
+
+
+def renew(args) -> None:
+    """Weights from the first two sessions under the names that parameters have now, in place; they estimated eps at first."""
+    with nb.safe_open(args.weights, "pt") as file:
+        metadata, tensors = file.metadata(), {n.replace(".block.", "."): file.get_tensor(n) for n in file.keys()}
+    metadata["config"] = json.dumps({"output": "eps"} | json.loads(metadata["config"]))
+    nb.write_whole(args.weights, lambda part: nb.save_file(tensors, part, metadata))
+    print(nb.load_weights(args.weights).facts["story"])
 
 
 def measure(args) -> None:
@@ -165,6 +175,16 @@ def hero(args) -> None:
     nb.write_whole(path, lambda part: fig.savefig(part, format="png", dpi=80, pil_kwargs={"optimize": True}))
 
 
+def frechet_line(found: dict) -> str:
+    """One sentence on how near the drawn images are to the training images."""
+    drawn = [f"{name}: {value:.1f}" for name, value in found.items() if "images seen" in name]
+    return (
+        f"Fréchet distance of {found['images']:,} drawn images to the training images, in the features of an "
+        f"EfficientNet-Lite0 (not the FID of the literature; `benchmarks/README.md`): {'; '.join(drawn)}. As many real test "
+        f"images have {found['real test images']:.1f}."
+    )
+
+
 def readme(args) -> None:
     """Write the numbers of assets/results.json between the two marks in README.md."""
     report = json.loads((ROOT / "assets" / "results.json").read_text(encoding="utf-8"))
@@ -205,6 +225,8 @@ def readme(args) -> None:
         f"{checked['error_rate']}), in {checked['seconds']:,} s ({checked.get('note', 'no pauses')}); this stands in "
         "the metadata of the weights file and in `results.json`.",
     ]
+    if "frechet_distance" in facts:
+        lines += ["", frechet_line(facts["frechet_distance"])]
     path = ROOT / "README.md"
     before, _, rest = path.read_text(encoding="utf-8").partition("<!-- results -->\n")
     after = rest.partition("<!-- end of results -->")[2]
@@ -236,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "command",
-        choices=("train", "guide", "measure", "optimizers", "standin", "hero", "readme", "tidy"),
+        choices=("train", "guide", "renew", "measure", "optimizers", "standin", "hero", "readme", "tidy"),
     )
     parser.add_argument("weights", nargs="?", type=Path, default=SHIPPED)
     parser.add_argument("--run-dir", default=str(ROOT / "runs" / "shipped"))
