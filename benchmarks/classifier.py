@@ -250,9 +250,9 @@ def report(args) -> None:
 
 
 def draw(facts) -> None:
-    fig, ax = nb.plt.subplots(figsize=(8, 5), layout="constrained")
+    fig, ax = nb.plt.subplots(figsize=(10, 4.8), layout="constrained")
     for (name, points), style in zip(facts["curves"].items(), ("o:", "s:", "^:", "v--", "d--")):
-        ax.plot([p["passes"] for p in points], [p["accuracy"] for p in points], style, ms=4, label=name)
+        ax.plot([p["passes"] for p in points], [p["accuracy"] for p in points], style, ms=4, lw=1, label=name)
     for (name, points), style in zip(facts["pruned"].items(), ("-", "-", "-", "k.-")):
         x, y = ([p[k] for p in points] for k in ("passes", "accuracy"))
         ax.plot(x, y, style, lw=1.8, label=f"guided and pruned, {name}")

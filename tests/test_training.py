@@ -434,6 +434,20 @@ def test_weights_travel_with_their_story(nb, tiny, tmp_path):
         nb.load_weights(tmp_path / "none.safetensors")
 
 
+def test_weights_of_another_network_are_refused_in_one_line(nb, tiny, tmp_path):
+    path = tmp_path / "w.safetensors"
+    metadata = {"config": nb.json.dumps(nb.asdict(tiny)), "facts": "{}"}
+    nb.save_file({"some.other.layer": torch.zeros(1)}, path, metadata)
+    with pytest.raises(ValueError, match="cannot be read as weights") as caught:
+        nb.load_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_view_of_a_milestone_covers_the_schedule_it_is_given(nb, tiny):
+    seen = nb.snapshot(nb.new_run(tiny), images_of(nb), nb.linear_schedule(100))
+    assert 90 < seen["t"].max() < 100 and seen["x_t"].isfinite().all()
+
+
 def test_training_continues_from_given_weights(nb, tiny):
     images, start = images_of(nb), nb.UNet(tiny)
     with torch.no_grad():
