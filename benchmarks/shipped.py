@@ -175,14 +175,18 @@ def hero(args) -> None:
     nb.write_whole(path, lambda part: fig.savefig(part, format="png", dpi=80, pil_kwargs={"optimize": True}))
 
 
-def frechet_line(found: dict) -> str:
-    """One sentence on how near the drawn images are to the training images."""
-    drawn = [f"{name}: {value:.1f}" for name, value in found.items() if "images seen" in name]
-    return (
-        f"Fréchet distance of {found['images']:,} drawn images to the training images, in the features of an "
-        f"EfficientNet-Lite0 (not the FID of the literature; `benchmarks/README.md`): {'; '.join(drawn)}. As many real test "
-        f"images have {found['real test images']:.1f}."
-    )
+def frechet_table(found: dict) -> list[str]:
+    """How near drawn images are to the training images, the nearest first."""
+    rows = {name: value for name, value in found.items() if "images" in name and isinstance(value, float)}
+    return [
+        "",
+        f"Fréchet distance of {found['images']:,} images to the {found['reference_images']:,} training images, in the features of an "
+        "EfficientNet-Lite0 (not the FID of the literature, and too large with so few images: see `benchmarks/README.md`):",
+        "",
+        "| images | distance |",
+        "|---|---|",
+        *(f"| {name} | {value:.1f} |" for name, value in sorted(rows.items(), key=lambda row: row[1])),
+    ]
 
 
 def readme(args) -> None:
@@ -226,7 +230,7 @@ def readme(args) -> None:
         "the metadata of the weights file and in `results.json`.",
     ]
     if "frechet_distance" in facts:
-        lines += ["", frechet_line(facts["frechet_distance"])]
+        lines += frechet_table(facts["frechet_distance"])
     path = ROOT / "README.md"
     before, _, rest = path.read_text(encoding="utf-8").partition("<!-- results -->\n")
     after = rest.partition("<!-- end of results -->")[2]
