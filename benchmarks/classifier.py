@@ -228,11 +228,11 @@ def report(args) -> None:
     config, model = setting(args)
     facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if facts.get("weights") != model.facts["story"]:
-        facts = dict(weights=model.facts["story"], baselines=facts.get("baselines", {}))
+        facts = dict(weights=model.facts["story"], **{k: facts.get(k, {}) for k in ("baselines", "earlier")})
     facts |= dict(starts=STARTS, device=config.device)
     curves, guide = facts.setdefault("curves", {}), model.facts["guide"]
-    for name, path in (("uniform", args.out), ("guided", Path(args.out).with_name("classifier-guided.pt"))):
-        if not Path(path).exists():
+    for name, file in (("uniform", "classifier.pt"), ("guided", "classifier-guided.pt")):
+        if not (path := Path(args.out).with_name(file)).exists():
             continue
         table = torch.load(path)
         if table["facts"] != model.facts["story"]:
@@ -253,7 +253,7 @@ def draw(facts) -> None:
     fig, ax = nb.plt.subplots(figsize=(10, 4.8), layout="constrained")
     for (name, points), style in zip(facts["curves"].items(), ("o:", "s:", "^:", "v--", "d--")):
         ax.plot([p["passes"] for p in points], [p["accuracy"] for p in points], style, ms=4, lw=1, label=name)
-    for (name, points), style in zip(facts["pruned"].items(), ("-", "-", "-", "k.-")):
+    for (name, points), style in zip(facts.get("pruned", {}).items(), ("-", "-", "-", "k.-")):
         x, y = ([p[k] for p in points] for k in ("passes", "accuracy"))
         ax.plot(x, y, style, lw=1.8, label=f"guided and pruned, {name}")
     for (name, entry), ls in zip(facts["baselines"].items(), ("-.", "--", ":", (0, (5, 1)))):
@@ -261,7 +261,8 @@ def draw(facts) -> None:
     for name, entry in facts.get("earlier", {}).items():
         ax.plot(entry["evaluations_per_image"], entry["accuracy"], "P", color="grey", ms=8, label=name)
     ax.set(xscale="log", xlabel="network evaluations per image", ylabel="accuracy")
-    ax.set_title(f"Accuracy against cost, {facts['guided_table']['images']} test images", fontsize=11)
+    images = (facts.get("guided_table") or facts["uniform_table"])["images"]
+    ax.set_title(f"Accuracy against cost, {images} test images", fontsize=11)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     path = RESULTS.with_suffix(".png")
