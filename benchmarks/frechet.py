@@ -150,8 +150,7 @@ def main() -> None:
         if args.weaker:
             more = dict(weaker=nb.load_weights(args.weaker))
             name += "-from-" + stamp(more["weaker"])
-    weaker = args.weaker if more else None
-    made = drawn(args.run_dir / f"{name}.npy", args.images, settings, args.weights, weaker)
+    made = drawn(args.run_dir / f"{name}.npy", args.images, settings, args.weights, args.weaker if more else None)
 
     metric = FrechetInceptionDistance(Features(), reset_real_features=False)
     metric.persistent(True)

@@ -82,7 +82,7 @@ def guide(args) -> None:
 
 
 def renew(args) -> None:
-    """Weights from the first two sessions under the names that parameters have now, in place; they estimated eps at first."""
+    """Older weights in git, in place, under the names that parameters have now; those without `output` estimate eps."""
     with nb.safe_open(args.weights, "pt") as file:
         metadata, tensors = file.metadata(), {n.replace(".block.", "."): file.get_tensor(n) for n in file.keys()}
     metadata["config"] = json.dumps({"output": "eps"} | json.loads(metadata["config"]))
