@@ -1,0 +1,118 @@
+"""Shapes of UNet trained for the same time, at about the cost of the shipped one a pass: results/architectures.json.
+
+    .venv/bin/pip install -r benchmarks/requirements.txt
+    .venv/bin/python benchmarks/architectures.py --minutes 9     # finished shapes are kept, the others begin anew
+    .venv/bin/python benchmarks/architectures.py --minutes 0.1 --images 20 --drawn 40 --out runs/rehearsal.json
+
+Every shape gets one core and one process, with the notebook's own training in preset `cpu`, and then three questions, because the loss alone
+does not tell which images are good: noise MSE by noise level and accuracy on test images, and the Frechet distance of drawn images
+to the training images (as frechet.py measures it).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import frechet
+import torch
+import torch.nn.functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+nb, ROOT = frechet.nb, frechet.ROOT
+UNet = nb.UNet
+SHAPES = {  # all near 1.1 GFLOP a pass
+    "32, 96, 192 channels (the shipped shape)": {},
+    "64, 64, 128: wide at full resolution": dict(widths=(64, 64, 128)),
+    "32, 64, 192, 256: four levels": dict(widths=(32, 64, 192, 256), attention=(2, 3)),
+    "112, 192 at half resolution, 2×2 pixels in one": dict(widths=(112, 192), attention=(1,)),
+}
+BANDS = 5
+
+
+class Unshuffled(UNet):
+    """A UNet that sees every 2×2 pixels as one with four times the channels, and answers in full resolution."""
+
+    def __init__(self, config):
+        c, h, w = config.image_shape
+        super().__init__(nb.replace(config, image_shape=(4 * c, h // 2, w // 2)))
+        self.config = config
+
+    def forward(self, x_t, t, y):
+        return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x_t, 2), t, y), 2)
+
+
+def trained(config, images, minutes: float):
+    """A run of `minutes`: half of the time at full learning rate, then as many steps again while it falls to zero."""
+    run, alpha_bar = nb.new_run(config), nb.make_schedule(config)
+    while run.seconds < 30 * minutes:
+        nb.advance(run, images, alpha_bar, run.step + 1)
+    run.config = nb.replace(config, train_steps=2 * run.step, cooldown=0.5)
+    nb.advance(run, images, alpha_bar, run.config.train_steps)
+    return run
+
+
+def one(name: str, args) -> dict:
+    """Train and measure one shape, in a process of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    nb.UNet = Unshuffled if "2×2" in name else UNet
+    config = nb.make_config(
+        "cpu", data_dir=str(ROOT / "data"), download=False, device="cpu", train_steps=10**6, cooldown=0.0,
+        learning_rate=args.rate, ema_half_life=30, seed=args.seed, **SHAPES[name],
+    )  # fmt: skip
+    run = trained(config, nb.load_images(config, train=True), args.minutes)
+    model, test = run.model, nb.load_images(config, train=False)
+    some = test.subset(args.images, seed=1)
+    guess = torch.cat([nb.classify(model, nb.to_unit(x), 4, 0.0).labels for x in some.images.split(20)])
+    right = int((guess == some.labels).sum())
+    dice, y = torch.Generator().manual_seed(args.seed), torch.arange(args.drawn) % config.num_classes
+    drawn = torch.cat([nb.to_uint8(nb.sample(model, part, generator=dice)) for part in y.split(frechet.PART)])
+    metric = FrechetInceptionDistance(frechet.Features(), reset_real_features=False)
+    metric.persistent(True)
+    metric.load_state_dict(torch.load(args.reference), strict=False)
+    facts = dict(zip(("parameters", "work"), nb.describe(model).split(", ")))
+    facts |= dict(seconds=round(run.seconds), steps=run.step, images_seen=run.images_seen, precision=config.precision)
+    bands = [round(v, 5) for v in nb.noise_mse(model, some, BANDS).tolist()]
+    facts |= dict(noise_mse=round(sum(bands) / BANDS, 5), noise_mse_by_t=bands, test_images=len(some))
+    facts |= dict(
+        accuracy=right / len(some), interval=[round(v, 3) for v in nb.wilson(right, len(some))], evaluations=80
+    )
+    return facts | dict(frechet=frechet.distances(metric, drawn), date=time.strftime("%Y-%m-%d"), source=some.source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training, each on one core")
+    parser.add_argument("--images", type=int, default=200, help="test images for noise MSE and accuracy")
+    parser.add_argument("--drawn", type=int, default=500, help="images drawn for the Frechet distance")
+    parser.add_argument("--rate", type=float, default=1e-2, help="the learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--reference", type=Path, default=ROOT / "runs" / "frechet" / "reference.pt", help="from frechet.py"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
+    args = parser.parse_args()
+    if not args.reference.exists():
+        raise SystemExit(
+            f"{args.reference} is missing: run benchmarks/frechet.py first, which sums up the training images"
+        )
+    asked = dict(minutes=args.minutes, learning_rate=args.rate, seed=args.seed, drawn=args.drawn)
+    facts = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if any(facts.get(k) != v for k, v in asked.items()):
+        facts = asked | dict(shapes={})
+    left = [name for name in SHAPES if name not in facts["shapes"]]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for name, found in zip(left, pool.map(one, left, [args] * len(left))):
+            facts["shapes"][name] = found
+            nb.write_whole(
+                args.out, lambda part: part.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            )
+            print(name, json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
