@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
-@pytest.mark.parametrize("T", [10, 1000])
+@pytest.mark.parametrize("T", [500, 1000])
 def test_schedules_agree_with_diffusers(nb, name, theirs, T):
     ours = nb.make_schedule(nb.make_config("smoke", schedule=name, T=T))
     oracle = diffusers.DDPMScheduler(T, beta_start=1e-4, beta_end=0.02, beta_schedule=theirs).alphas_cumprod
@@ -106,8 +106,8 @@ def test_steps_are_spaced_by_the_square(nb):
 
 
 def test_ddpm_over_all_steps_agrees_with_the_ancestral_sampler_of_diffusers(nb):
-    config = nb.make_config("smoke", T=20)
-    scheduler = diffusers.DDPMScheduler(20, beta_start=1e-4, beta_end=0.02, clip_sample=True)
+    config = nb.make_config("smoke", T=20, schedule="cosine")
+    scheduler = diffusers.DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", clip_sample=True)
     scheduler.set_timesteps(20)
     model, y, shape = Wavy(config), torch.tensor([1, 2]), (2, *config.image_shape)
     x, g = (torch.randn(shape, generator=(g := torch.Generator().manual_seed(0))), g)
@@ -149,6 +149,9 @@ def test_guidance_is_two_passes_and_is_skipped_at_one(nb):
     calls.clear(), asked.clear()
     torch.testing.assert_close(nb.guided_eps(model, x_t, t, y, 2.5, weaker), away)
     assert calls == [(5, 0)] and asked == [(5, 10)]
+    calls.clear(), asked.clear()
+    nb.guided_eps(model, x_t, t, y, 0.5, weaker)
+    assert calls == [(5, 0), (5, 10)] and asked == []  # nobody is to be led towards the weaker one
 
 
 @pytest.mark.parametrize("w", [0, 0.5, 1, 1.5, 4])
@@ -279,6 +282,8 @@ def test_denoise_takes_the_first_step_for_the_least_noise(nb, gaussian):
 def test_denoise_refuses_an_impossible_sigma(nb, gaussian, sigma):
     with pytest.raises(ValueError, match="sigma"):
         nb.denoise(gaussian[0], torch.zeros(1, 1, 2, 2), sigma)
+    with pytest.raises(ValueError, match="steps = 0 at least 1"):
+        nb.denoise(gaussian[0], torch.zeros(1, 1, 2, 2), 0.1, sampled=True, steps=0)
 
 
 def test_classify_decides_like_bayes(nb, gaussian):
@@ -393,6 +398,22 @@ def test_a_stopped_evaluation_goes_on_and_another_one_starts_anew(nb, tmp_path, 
     nb.evaluate_classifier(model, images, path, part=25, rounds=3)
     assert asked[4:] == [25]  # half a file is none
     assert len(list(path.parent.iterdir())) == 2
+
+
+def test_an_evaluation_of_other_code_starts_anew(nb, tmp_path, monkeypatch):
+    """Also where only a name differs, or the inside of an inner function, or the network."""
+    source, seen = "def f(x):\n    return [v.{}() {} x for v in x]", set()
+    for method, sign in (("square", "+"), ("abs", "+"), ("square", "-")):
+        exec(source.format(method, sign), found := {})
+        seen.add(repr(nb.anatomy(found["f"].__code__)))
+    assert len(seen) == 3
+    model, images = classes_of_noise(nb, 8, 0.05, seed=3)
+    nb.evaluate_classifier(model, images, tmp_path / "done.safetensors", rounds=2)
+    nb.evaluate_classifier(model, images, tmp_path / "done.safetensors", rounds=2)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(nb, "DECISIVE", (*nb.DECISIVE[:-1], nb.Muon.step))
+    nb.evaluate_classifier(model, images, tmp_path / "done.safetensors", rounds=2)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_evaluation_ends_without_a_progress_bar(nb, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ def images_of(nb, n=40, shape=(3, 32, 32), classes=10, seed=0):
         ({"attention": (1.0,)}, "attention"),
         ({"widths": 64}, "widths = 64 must be of type tuple"),
         ({"T": 5}, "T = 5 must be at least 10"),
+        ({"T": 100}, "T = 100 must be at least 500 with schedule = 'linear'"),
         ({"image_shape": (3, 33, 32)}, r"image_shape = \(3, 33, 32\) must be divisible by 2"),
         ({"sampling_steps": 2000}, "sampling_steps"),
         ({"label_drop": 1.5}, "label_drop"),
