@@ -1,7 +1,7 @@
 """Shapes of UNet trained for the same time, at about the cost of the shipped one a pass: results/architectures.json.
 
     .venv/bin/pip install -r benchmarks/requirements.txt
-    .venv/bin/python benchmarks/architectures.py --minutes 9     # finished shapes are kept, the others begin anew
+    .venv/bin/python benchmarks/architectures.py    # half an hour on two cores; finished shapes are kept, the others begin anew
     .venv/bin/python benchmarks/architectures.py --minutes 0.1 --images 20 --drawn 40 --out runs/rehearsal.json
 
 Every shape gets one core and one process, with the notebook's own training in preset `cpu`, and then three questions, because the loss alone
@@ -86,8 +86,8 @@ def one(name: str, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12.0, help="of training, each on one core")
-    parser.add_argument("--images", type=int, default=200, help="test images for noise MSE and accuracy")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of training, each on one core")
+    parser.add_argument("--images", type=int, default=150, help="test images for noise MSE and accuracy")
     parser.add_argument("--drawn", type=int, default=500, help="images drawn for the Frechet distance")
     parser.add_argument("--rate", type=float, default=1e-2, help="the learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -97,10 +97,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
     args = parser.parse_args()
     if not args.reference.exists():
-        raise SystemExit(
-            f"{args.reference} is missing: run benchmarks/frechet.py first, which sums up the training images"
-        )
-    asked = dict(minutes=args.minutes, learning_rate=args.rate, seed=args.seed, drawn=args.drawn)
+        raise SystemExit(f"{args.reference} is missing: run benchmarks/frechet.py first, which needs CIFAR-10 in data/")
+    asked = dict(minutes=args.minutes, learning_rate=args.rate, seed=args.seed, drawn=args.drawn, images=args.images)
     facts = json.loads(args.out.read_text()) if args.out.exists() else {}
     if any(facts.get(k) != v for k, v in asked.items()):
         facts = asked | dict(shapes={})

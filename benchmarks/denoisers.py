@@ -4,8 +4,8 @@
     python benchmarks/denoisers.py --images 500                        # goes on where it stopped
     python benchmarks/denoisers.py --only bm3d                         # a few methods; the others are kept
 
-BM3D takes more than an hour for 500 images, nearly all of it for tables that its library computes anew for every channel. Every method gets the same noisy images, neither clipped nor rounded, and the true sigma; results are clamped to the range of
-pixels before they are measured. Writes results/denoisers.json and .png.
+BM3D takes more than an hour for 500 images. Every method gets the same noisy images, neither clipped nor rounded, and the true
+sigma; results are clamped to the range of pixels before they are measured. Writes results/denoisers.json and .png.
 """
 
 import argparse
