@@ -73,7 +73,7 @@ def one(name: str, args) -> dict:
     drawn = torch.cat([nb.to_uint8(nb.sample(model, part, generator=dice)) for part in y.split(frechet.PART)])
     metric = FrechetInceptionDistance(frechet.Features(), reset_real_features=False)
     metric.persistent(True)
-    metric.load_state_dict(torch.load(args.reference), strict=False)
+    metric.load_state_dict({k: v for k, v in torch.load(args.reference).items() if k != "source"}, strict=False)
     facts = dict(zip(("parameters", "work"), nb.describe(model).split(", ")))
     facts |= dict(seconds=round(run.seconds), steps=run.step, images_seen=run.images_seen, precision=config.precision)
     bands = [round(v, 5) for v in nb.noise_mse(model, some, BANDS).tolist()]

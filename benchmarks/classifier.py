@@ -2,6 +2,8 @@
 
     python benchmarks/classifier.py errors --images 200 --rounds 100            # slow; goes on where it stopped
     python benchmarks/classifier.py errors --images 200 --rounds 100 --guided   # at the steps that `classify` takes
+    python benchmarks/classifier.py errors --fresh --images 400 --rounds 32     # other images, never looked at before
+    python benchmarks/classifier.py errors --fresh --images 400 --rounds 20 --guided
     python benchmarks/classifier.py baselines --minutes 5                       # goes on where it stopped
     python benchmarks/classifier.py earlier --weights runs/early.safetensors    # this network after less training
     python benchmarks/classifier.py report                                      # results/classifier.json and .png
@@ -11,6 +13,8 @@
 schedule, a noise and its negative, every second round on the mirror image; with --guided, the steps that the guide in
 the weights file asks for, and no mirror images. Every method is then a choice among these numbers, so that all methods
 see the same images, and pruning is the notebook's own `classify` with its network replaced by a look into the table.
+The settings were chosen in view of the first 200 images; --fresh takes those after them, other noises, no mirror images,
+and the report then says with 95 % intervals what uniform t needs to be as accurate.
 """
 
 import argparse
@@ -47,12 +51,22 @@ def step_of_round(r: int, T: int) -> int:
     return int(T * ((0.5 + r * 0.6180339887498949) % 1))
 
 
+SEEN = 200  # test images, the first of their order, in view of which the settings were chosen
+
+
+def test_images(args, config) -> nb.ImageSet:
+    """The test images of a table."""
+    test, skip = nb.load_images(config, train=False), SEEN if args.fresh else 0
+    some = test.subset(skip + args.images, seed=4)
+    return nb.replace(some, images=some.images[skip:], labels=some.labels[skip:])
+
+
 def prepare(args) -> None:
     """What one process of `errors` needs: one thread, the network and the images."""
     torch.set_num_threads(1)
     global config, model, some
     config, model = setting(args)
-    some = nb.load_images(config, train=False).subset(args.images, seed=4)
+    some = test_images(args, config)
 
 
 @torch.inference_mode()
@@ -72,18 +86,21 @@ def errors_of_round(r: int, t: int, seed: int, mirrored: bool) -> torch.Tensor:
 def errors(args) -> None:
     """(images, rounds, 2 signs, 10 classes) mean squared errors in runs/, a round a process and core."""
     config, model = setting(args)
-    some = nb.load_images(config, train=False).subset(args.images, seed=4)
-    path = Path(args.out)
+    some, path = test_images(args, config), Path(args.out)
     table = torch.load(path) if path.exists() else dict(errors=torch.zeros(args.images, 0, 2, 10), seconds=0.0)
     same = table.setdefault("facts", model.facts["story"]) == model.facts["story"]
-    if len(table["errors"]) != args.images or not same or table.setdefault("guided", args.guided) != args.guided:
-        raise SystemExit(f"{path} is of other weights, steps or another number of images: move it away")
+    same = same and all(table.setdefault(k, getattr(args, k)) == getattr(args, k) for k in ("guided", "fresh"))
+    if args.guided:
+        same = same and table.setdefault("guide", model.facts["guide"]) == model.facts["guide"]
+    if len(table["errors"]) != args.images or not same:
+        raise SystemExit(f"{path} is of other weights, steps or images: move it away")
     if args.guided:
         t = [step for step, *_ in nb.rounds_of(model.facts["guide"], args.rounds, config, 0)]
     else:
         t = [step_of_round(r, config.T) for r in range(args.rounds)]
-    todo, seed = range(table["errors"].shape[1], args.rounds), 5000 if args.guided else 1000
-    jobs = zip(*[(r, t[r], seed + r, not args.guided and r % 2 == 1) for r in todo])
+    todo = range(table["errors"].shape[1], args.rounds)
+    seed, mirrored = (5000 if args.guided else 1000) + 10_000 * args.fresh, not (args.guided or args.fresh)
+    jobs = zip(*[(r, t[r], seed + r, mirrored and r % 2 == 1) for r in todo])
     processes, spawn, start = os.cpu_count() or 1, multiprocessing.get_context("spawn"), time.perf_counter()
     with ProcessPoolExecutor(processes, spawn, prepare, (args,)) as pool:
         for r, found in zip(todo, pool.map(errors_of_round, *jobs)):
@@ -125,13 +142,19 @@ def orders(guide: dict, t: list, reach: float = None) -> list[list[tuple[int, fl
     return [order[:shortest] for order in found]
 
 
-def curve(pairs, found, labels, passes_a_round: int) -> list:
-    """[(passes, accuracy)] when rounds are added up one after the other, the mean over the orders in `found`."""
+def accuracies(pairs, found, labels) -> torch.Tensor:
+    """(N, rounds): how often each image is right when rounds are added up, the mean over the orders in `found`."""
     accuracy = []
     for order in found:
         total = torch.stack([weight * pairs[:, r] for r, weight in order], 1).cumsum(1)
-        accuracy.append((total.argmin(2) == labels[:, None]).float().mean(0))
-    return [((k + 1) * passes_a_round, a) for k, a in enumerate(torch.stack(accuracy).mean(0).tolist())]
+        accuracy.append((total.argmin(2) == labels[:, None]).float())
+    return torch.stack(accuracy).mean(0)
+
+
+def curve(pairs, found, labels, passes_a_round: int) -> list:
+    """[(passes, accuracy)] when rounds are added up one after the other, the mean over the orders in `found`."""
+    accuracy = accuracies(pairs, found, labels).mean(0)
+    return [((k + 1) * passes_a_round, a) for k, a in enumerate(accuracy.tolist())]
 
 
 def race(pairs, order, labels, guide, rounds: int, error_rate: float) -> nb.Classification:
@@ -147,18 +170,27 @@ def race(pairs, order, labels, guide, rounds: int, error_rate: float) -> nb.Clas
         nb.rounds_of, nb.errors_at = rounds_of, errors_at
 
 
-def races(pairs, found, labels, guide, rounds: int, error_rate: float) -> dict:
-    """Means over the orders in `found`: cost, accuracy, calibration, and how far from the race that drops no class."""
-    rows = []
+def raced(pairs, found, labels, guide, rounds: int, error_rate: float) -> dict:
+    """Of every image (N,), the mean over the orders in `found`: cost, accuracy, and how far from the race that drops no class.
+
+    And ece, a number: the expected calibration error, likewise.
+    """
+    rows, ece = [], []
     for order in found:
         verdict, full = (race(pairs, order, labels, guide, rounds, e) for e in (error_rate, 0.0))
         right, sure = (verdict.labels == labels).float(), verdict.scores.amax(1)
         group = (sure * 10).long().clamp(max=9)
-        gaps = [(sure - right)[group == g].sum().abs() / len(right) for g in group.unique()]
-        other = (verdict.labels != full.labels).float().mean()
-        rows.append([verdict.evaluations, right.mean(), sum(gaps), (full.labels == labels).float().mean(), other])
-    names = ("passes", "accuracy", "ece", "accuracy_without_dropping", "decisions_that_differ")
-    return dict(rounds=rounds, error_rate=error_rate, **dict(zip(names, np.mean(rows, 0).tolist())))
+        ece.append(sum((sure - right)[group == g].sum().abs() / len(right) for g in group.unique()).item())
+        other = (verdict.labels != full.labels).float()
+        rows.append(torch.stack([verdict.spent[:, -1].float(), right, (full.labels == labels).float(), other]))
+    names = ("passes", "accuracy", "accuracy_without_dropping", "decisions_that_differ")
+    return dict(zip(names, torch.stack(rows).mean(0).numpy()), ece=float(np.mean(ece)))
+
+
+def races(pairs, found, labels, guide, rounds: int, error_rate: float) -> dict:
+    """The same, means over the images."""
+    rows = raced(pairs, found, labels, guide, rounds, error_rate)
+    return dict(rounds=rounds, error_rate=error_rate, **{name: float(np.mean(row)) for name, row in rows.items()})
 
 
 def pruned_curve(pairs, found, labels, guide, error_rate: float) -> list:
@@ -223,6 +255,49 @@ def guided_part(table: dict, guide: dict, uniform: list) -> dict:
     )  # fmt: skip
 
 
+def needed(accuracy: float, curve: np.ndarray) -> float:
+    """The evaluations at which uniform t is as accurate; `curve` (rounds,) after each round of 20. Infinite if never."""
+    above = np.flatnonzero(curve >= accuracy)
+    if not len(above) or above[0] == 0:
+        return 20.0 if len(above) else math.inf
+    k = above[0]
+    return 20 * float(np.interp(accuracy, curve[k - 1 : k + 1], [k, k + 1]))
+
+
+def fresh_part(even: dict, guided: dict, guide: dict, config, resamples: int = 2000) -> dict:
+    """The settings on images in view of which nothing was chosen, with 95 % intervals (bootstrap over the images)."""
+    if not torch.equal(even["labels"], guided["labels"]):
+        raise SystemExit("the two tables of fresh images are of other images: make them with the same --images")
+    pairs, labels = guided["errors"].mean(2), guided["labels"]
+    orders_of = orders(guide, guided["t"], reach=math.inf)
+    everywhere = orders(nb.even_guide(config, 0.0, 1.0), even["t"])
+    uniform, settings = accuracies(even["errors"].mean(2), everywhere, labels).numpy(), []
+    dice, n = np.random.default_rng(0), len(labels)
+    drawn = [np.arange(n), *(dice.integers(n, size=n) for _ in range(resamples))]
+    for rounds, error_rate in SETTINGS:
+        if rounds > len(guided["t"]):
+            continue
+        rows, found = raced(pairs, orders_of, labels, guide, rounds, error_rate), []
+        for chosen in drawn:
+            passes, accuracy, full = (
+                rows[k][chosen].mean() for k in ("passes", "accuracy", "accuracy_without_dropping")
+            )
+            beside = uniform[chosen].mean(0)
+            at_four = np.interp(4 * passes / 20, np.arange(len(beside)) + 1, beside)
+            wanted = needed(accuracy, beside)
+            found.append([passes, accuracy, accuracy - full, wanted, wanted / passes, accuracy - at_four])
+        names = ("passes", "accuracy", "minus_without_dropping", "uniform_passes_for_it", "uniform_is_dearer",
+                 "minus_uniform_at_four_times_the_cost")  # fmt: skip
+        entry = dict(rounds=rounds, error_rate=error_rate, ece=round(rows["ece"], 4))
+        for name, column in zip(names, np.array(found).T):
+            low, high = np.sort(column)[[round(q * (len(column) - 1)) for q in (0.025, 0.975)]]
+            values = [v if math.isfinite(v) else None for v in (column[0], low, high)]  # None: never reached
+            entry[name] = [v and float(f"{v:.4g}") for v in values]
+        settings.append(entry)
+    curve = [(20 * (k + 1), float(a)) for k, a in enumerate(uniform.mean(0))]
+    return dict(images=n, rounds=[len(even["t"]), len(guided["t"])], uniform=thinned(curve), settings=settings)
+
+
 def report(args) -> None:
     """results/classifier.json and .png from the tables that are there; what the other one gave earlier stays."""
     config, model = setting(args)
@@ -244,6 +319,14 @@ def report(args) -> None:
         curves |= part.pop("curves")
         about = dict(images=len(table["labels"]), rounds=len(table["t"]), source=table["source"])
         facts |= part | {f"{name}_table": about | dict(date=time.strftime("%Y-%m-%d"))}
+    fresh = [Path(args.out).with_name(f"classifier-fresh{end}.pt") for end in ("", "-guided")]
+    if all(path.exists() for path in fresh):
+        even, guided = (torch.load(path) for path in fresh)
+        if not even["facts"] == guided["facts"] == model.facts["story"]:
+            raise SystemExit(f"{fresh[0]} or {fresh[1]} is of other weights: move them away")
+        facts["fresh"] = fresh_part(even, guided, guide, config) | dict(
+            source=even["source"], date=time.strftime("%Y-%m-%d")
+        )
     nb.write_whole(RESULTS, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
     draw(facts)
     print(json.dumps({k: v for k, v in facts.items() if k not in ("curves", "pruned")}, indent=1))
@@ -403,11 +486,12 @@ def main() -> None:
     parser.add_argument(
         "--guided", action="store_true", help="errors at the guide's steps, in runs/classifier-guided.pt"
     )
+    parser.add_argument("--fresh", action="store_true", help=f"errors on the test images after the first {SEEN}")
     parser.add_argument(
         "--out", help="the table of errors, runs/classifier.pt; for density the study, runs/shipped/study.pt"
     )
     args = parser.parse_args()
-    table = "classifier-guided.pt" if args.guided else "classifier.pt"
+    table = f"classifier{'-fresh' * args.fresh}{'-guided' * args.guided}.pt"
     args.out = args.out or str(ROOT / "runs" / ("shipped/study.pt" if args.command == "density" else table))
     globals()[args.command](args)
 

@@ -147,7 +147,7 @@ def draw_images(model, per_class: int, guidance_scale: float, seed: int) -> torc
 
 def standin(args) -> None:
     """Ten rows of one class each, 48 images a row."""
-    images = draw_images(nb.load_weights(args.weights), 48, 2.0, seed=321)
+    images = draw_images(nb.load_weights(args.weights), 48, 3.0, seed=321)
     sheet = images.view(10, 48, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(320, 48 * 32, 3)
     path = ROOT / "assets" / "standin.png"
     nb.write_whole(path, lambda part: nb.Image.fromarray(sheet.numpy()).save(part, "PNG", optimize=True))
@@ -164,7 +164,7 @@ def hero(args) -> None:
     x_0 = nb.to_unit(images.images[nb.first_of_each(images, 6)[-1:]])
     noise, t = torch.randn(x_0.shape, generator=dice), torch.linspace(0, 0.5 * config.T, 12).long()
     out = nb.q_sample(x_0.expand(12, -1, -1, -1), t, noise, alpha_bar)
-    x_0, trace = nb.sample(model, torch.tensor([8]), 20, "ddim", 2.0, generator=dice, return_trajectory=True)
+    x_0, trace = nb.sample(model, torch.tensor([8]), 20, "ddim", 3.0, generator=dice, return_trajectory=True)
     stops = np.linspace(len(trace) // 3, len(trace) - 1, 11).round().astype(int)
     nb.plt.rcParams.update({"font.size": 9, "figure.constrained_layout.use": True})
     fig, ax = nb.plt.subplots(figsize=(9, 1.7))
