@@ -2,7 +2,7 @@
 
     python benchmarks/classifier.py errors --images 200 --rounds 100            # slow; goes on where it stopped
     python benchmarks/classifier.py errors --images 200 --rounds 100 --guided   # at the steps that `classify` takes
-    python benchmarks/classifier.py errors --fresh --images 400 --rounds 32     # other images, never looked at before
+    python benchmarks/classifier.py errors --fresh --images 400 --rounds 32     # other images
     python benchmarks/classifier.py errors --fresh --images 400 --rounds 20 --guided
     python benchmarks/classifier.py baselines --minutes 5                       # goes on where it stopped
     python benchmarks/classifier.py earlier --weights runs/early.safetensors    # this network after less training
@@ -14,7 +14,7 @@ schedule, a noise and its negative, every second round on the mirror image; with
 the weights file asks for, and no mirror images. Every method is then a choice among these numbers, so that all methods
 see the same images, and pruning is the notebook's own `classify` with its network replaced by a look into the table.
 The settings were chosen in view of the first 200 images; --fresh takes those after them, other noises, no mirror images,
-and the report then says with 95 % intervals what uniform t needs to be as accurate.
+and the report then says what uniform t needs to be as accurate, with 95 % intervals over images (the noises given).
 """
 
 import argparse
@@ -256,7 +256,7 @@ def guided_part(table: dict, guide: dict, uniform: list) -> dict:
 
 
 def needed(accuracy: float, curve: np.ndarray) -> float:
-    """The evaluations at which uniform t is as accurate; `curve` (rounds,) after each round of 20. Infinite if never."""
+    """The evaluations at which uniform t is as accurate; `curve` (rounds,) after each round of 20. Infinite if not in it."""
     above = np.flatnonzero(curve >= accuracy)
     if not len(above) or above[0] == 0:
         return 20.0 if len(above) else math.inf
@@ -265,9 +265,11 @@ def needed(accuracy: float, curve: np.ndarray) -> float:
 
 
 def fresh_part(even: dict, guided: dict, guide: dict, config, resamples: int = 2000) -> dict:
-    """The settings on images in view of which nothing was chosen, with 95 % intervals (bootstrap over the images)."""
+    """The settings on images in view of which nothing was chosen, with 95 % intervals (bootstrap over images, noises given)."""
     if not torch.equal(even["labels"], guided["labels"]):
         raise SystemExit("the two tables of fresh images are of other images: make them with the same --images")
+    if guided.get("guide", guide) != guide:
+        raise SystemExit("the guide in the weights is not that of the table of fresh images: move the table away")
     pairs, labels = guided["errors"].mean(2), guided["labels"]
     orders_of = orders(guide, guided["t"], reach=math.inf)
     everywhere = orders(nb.even_guide(config, 0.0, 1.0), even["t"])
@@ -275,7 +277,7 @@ def fresh_part(even: dict, guided: dict, guide: dict, config, resamples: int = 2
     dice, n = np.random.default_rng(0), len(labels)
     drawn = [np.arange(n), *(dice.integers(n, size=n) for _ in range(resamples))]
     for rounds, error_rate in SETTINGS:
-        if rounds > len(guided["t"]):
+        if rounds * 3 > len(guided["t"]) * 2:  # else all starts would be the same rounds
             continue
         rows, found = raced(pairs, orders_of, labels, guide, rounds, error_rate), []
         for chosen in drawn:
@@ -283,7 +285,7 @@ def fresh_part(even: dict, guided: dict, guide: dict, config, resamples: int = 2
                 rows[k][chosen].mean() for k in ("passes", "accuracy", "accuracy_without_dropping")
             )
             beside = uniform[chosen].mean(0)
-            at_four = np.interp(4 * passes / 20, np.arange(len(beside)) + 1, beside)
+            at_four = np.interp(4 * passes / 20, np.arange(len(beside)) + 1, beside, right=math.nan)  # not that long
             wanted = needed(accuracy, beside)
             found.append([passes, accuracy, accuracy - full, wanted, wanted / passes, accuracy - at_four])
         names = ("passes", "accuracy", "minus_without_dropping", "uniform_passes_for_it", "uniform_is_dearer",
@@ -291,11 +293,12 @@ def fresh_part(even: dict, guided: dict, guide: dict, config, resamples: int = 2
         entry = dict(rounds=rounds, error_rate=error_rate, ece=round(rows["ece"], 4))
         for name, column in zip(names, np.array(found).T):
             low, high = np.sort(column)[[round(q * (len(column) - 1)) for q in (0.025, 0.975)]]
-            values = [v if math.isfinite(v) else None for v in (column[0], low, high)]  # None: never reached
+            values = [v if math.isfinite(v) else None for v in (column[0], low, high)]  # None: beyond uniform_limit
             entry[name] = [v and float(f"{v:.4g}") for v in values]
         settings.append(entry)
     curve = [(20 * (k + 1), float(a)) for k, a in enumerate(uniform.mean(0))]
-    return dict(images=n, rounds=[len(even["t"]), len(guided["t"])], uniform=thinned(curve), settings=settings)
+    about = dict(images=n, guided_rounds=len(guided["t"]), uniform_limit=curve[-1][0])
+    return about | dict(uniform=thinned(curve), settings=settings)
 
 
 def report(args) -> None:
@@ -315,6 +318,8 @@ def report(args) -> None:
         if name == "uniform":
             part = uniform_part(table, guide, config)
         else:
+            if table.get("guide", guide) != guide:
+                raise SystemExit(f"{path} was made with another guide: move it away")
             part = guided_part(table, guide, curves.get("uniform t", []))
         curves |= part.pop("curves")
         about = dict(images=len(table["labels"]), rounds=len(table["t"]), source=table["source"])

@@ -1,17 +1,17 @@
 """How far drawn images are from CIFAR-10: a Frechet distance in ImageNet features, in results/frechet.json.
 
     .venv/bin/pip install -r benchmarks/requirements.txt
-    .venv/bin/python benchmarks/frechet.py --images 2000                                   # the shipped weights
-    .venv/bin/python benchmarks/frechet.py --images 2000 --spacing 1                       # with steps spaced evenly
+    .venv/bin/python benchmarks/frechet.py --images 2000 --guidance 3                      # as the notebook draws
+    .venv/bin/python benchmarks/frechet.py --images 2000 --spacing 1                       # no guidance, even steps
     .venv/bin/python benchmarks/frechet.py --images 2000 --weights runs/old.safetensors    # others beside them
-    .venv/bin/python benchmarks/frechet.py --images 2000 --guidance 1.7 --interval 0.1 10 --weaker runs/old.safetensors
+    .venv/bin/python benchmarks/frechet.py --images 2000 --guidance 2 --interval 0.1 10 --weaker runs/old.safetensors
 
 The features are the 1280 averages before the last layer of an EfficientNet-Lite0, whose weights come with a Python package, so
 that nothing has to be downloaded. The distance is NOT the usual FID (which takes an Inception network) and compares
 only with itself, at equal numbers of images: with few images it is too large, far too large with fewer than there are
 features. So real test images are measured beside the drawn ones at every number. Beside it stands the kernel distance (KID,
-Binkowski et al. 2018) in the same features to 2,000 test images, which few images do not make larger: with 400 images it tells
-ways of sampling apart where the Frechet distance cannot (which is left out below 1,000). Drawing is slow; Ctrl-C is safe, and the same command goes on.
+Binkowski et al. 2018) in the same features to 2,000 test images, which few images do not make larger: from the same noise, 400
+images show by it what a change of sampling does, if it is not small (the Frechet distance is left out below 1,000). Drawing is slow; Ctrl-C is safe, and the same command goes on.
 """
 
 import argparse
@@ -160,6 +160,8 @@ def main() -> None:
     parser.add_argument("--tell", action="store_true", help="write the distances into the metadata of --weights")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "frechet")
     args = parser.parse_args()
+    if args.tell and args.images < 1000:
+        raise SystemExit("--tell needs --images of at least 1000: the Frechet distance is too uncertain below")
     args.run_dir.mkdir(parents=True, exist_ok=True)
     config, model = nb.make_config("cpu", data_dir=str(ROOT / "data"), download=False), nb.load_weights(args.weights)
     settings, more = dict(steps=args.steps, spacing=args.spacing, guidance_scale=args.guidance), {}
@@ -196,6 +198,7 @@ def main() -> None:
         (name, made, dict(weights=told(model), **settings, **{k: told(m) for k, m in more.items()})),
     ):
         found = distances(metric, images) if args.images >= 1000 else {}  # numbers of images measured earlier stay
+        found = {n: value for n, value in found.items() if int(n) >= 1000}
         about = {k: v for k, v in entries.get(key, {}).items() if k.startswith("kernel")} | about
         entries[key] = about | dict(distance=entries.get(key, {}).get("distance", {}) | found)
     seen = train.subset(2000, seed=0).images
