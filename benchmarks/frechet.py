@@ -11,7 +11,8 @@ that nothing has to be downloaded. The distance is NOT the usual FID (which take
 only with itself, at equal numbers of images: with few images it is too large, far too large with fewer than there are
 features. So real test images are measured beside the drawn ones at every number. Beside it stands the kernel distance (KID,
 Binkowski et al. 2018) in the same features to 2,000 test images, which few images do not make larger: from the same noise, 400
-images show by it what a change of sampling does, if it is not small (the Frechet distance is left out below 1,000). Drawing is slow; Ctrl-C is safe, and the same command goes on.
+images show by it what a change of sampling does, if it is not small (the Frechet distance is left out below 1,000).
+Drawing is slow; Ctrl-C is safe, and the same command goes on.
 """
 
 import argparse
