@@ -1,15 +1,16 @@
 """Shapes of UNet trained for the same time, at about the cost of the shipped one a pass: results/architectures.json.
 
     .venv/bin/pip install -r benchmarks/requirements.txt
-    .venv/bin/python benchmarks/architectures.py    # half an hour on two cores; finished shapes are kept, the others begin anew
+    .venv/bin/python benchmarks/architectures.py    # 50 minutes on two cores; finished shapes are kept, the others begin anew
     .venv/bin/python benchmarks/architectures.py --minutes 0.1 --images 20 --drawn 40 --out runs/rehearsal.json
 
 Every shape gets one core and one process, with the notebook's own training in preset `cpu`, and then three questions, because the loss alone
-does not tell which images are good: noise MSE by noise level and accuracy on test images, and the Frechet distance of drawn images
-to the training images (as frechet.py measures it).
+does not tell which images are good: noise MSE by noise level and accuracy on test images, and the distances of drawn images to the
+test images, Frechet (plain) and kernel, as frechet.py measures them. The drawn images stay in runs/architectures/.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -17,12 +18,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import classifier
 import frechet
 import torch
 import torch.nn.functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
 
-nb, ROOT = frechet.nb, frechet.ROOT
+nb = classifier.nb = frechet.nb  # one copy of the notebook's definitions
+ROOT = frechet.ROOT
 UNet = nb.UNet
 SHAPES = {  # all near 1.1 GFLOP a pass
     "32, 96, 192 channels (the shipped shape)": {},
@@ -45,16 +47,6 @@ class Unshuffled(UNet):
         return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x_t, 2), t, y), 2)
 
 
-def trained(config, images, minutes: float):
-    """A run of `minutes`: half of the time at full learning rate, then as many steps again while it falls to zero."""
-    run, alpha_bar = nb.new_run(config), nb.make_schedule(config)
-    while run.seconds < 30 * minutes:
-        nb.advance(run, images, alpha_bar, run.step + 1)
-    run.config = nb.replace(config, train_steps=2 * run.step, cooldown=0.5)
-    nb.advance(run, images, alpha_bar, run.config.train_steps)
-    return run
-
-
 def one(name: str, args) -> dict:
     """Train and measure one shape, in a process of its own."""
     torch.set_num_threads(1)
@@ -64,16 +56,14 @@ def one(name: str, args) -> dict:
         "cpu", data_dir=str(ROOT / "data"), download=False, device="cpu", train_steps=10**6, cooldown=0.0,
         learning_rate=args.rate, ema_half_life=30, seed=args.seed, **SHAPES[name],
     )  # fmt: skip
-    run = trained(config, nb.load_images(config, train=True), args.minutes)
+    run = classifier.trained(config, nb.load_images(config, train=True), args.minutes)
     model, test = run.model, nb.load_images(config, train=False)
     some = test.subset(args.images, seed=1)
     guess = torch.cat([nb.classify(model, nb.to_unit(x), 4, 0.0).labels for x in some.images.split(20)])
     right = int((guess == some.labels).sum())
     dice, y = torch.Generator().manual_seed(args.seed), torch.arange(args.drawn) % config.num_classes
     drawn = torch.cat([nb.to_uint8(nb.sample(model, part, generator=dice)) for part in y.split(frechet.PART)])
-    metric = FrechetInceptionDistance(frechet.Features(), reset_real_features=False)
-    metric.persistent(True)
-    metric.load_state_dict({k: v for k, v in torch.load(args.reference).items() if k != "source"}, strict=False)
+    nb.write_whole(args.run_dir / f"{list(SHAPES).index(name)}.npy", functools.partial(frechet.store, drawn.numpy()))
     facts = dict(zip(("parameters", "work"), nb.describe(model).split(", ")))
     facts |= dict(seconds=round(run.seconds), steps=run.step, images_seen=run.images_seen, precision=config.precision)
     bands = [round(v, 5) for v in nb.noise_mse(model, some, BANDS).tolist()]
@@ -81,23 +71,26 @@ def one(name: str, args) -> dict:
     facts |= dict(
         accuracy=right / len(some), interval=[round(v, 3) for v in nb.wilson(right, len(some))], evaluations=80
     )
-    return facts | dict(frechet=frechet.distances(metric, drawn), date=time.strftime("%Y-%m-%d"), source=some.source)
+    facts |= dict(frechet_plain=frechet.plain_distance(drawn, frechet.plain_reference(test, args.run_dir / "plain.pt")))
+    facts |= dict(kernel=frechet.kernel_distances(test.subset(2000, seed=0).images, drawn)[0])
+    return facts | dict(date=time.strftime("%Y-%m-%d"), source=some.source)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="of training, each on one core")
-    parser.add_argument("--images", type=int, default=150, help="test images for noise MSE and accuracy")
-    parser.add_argument("--drawn", type=int, default=500, help="images drawn for the Frechet distance")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of training, each on one core")
+    parser.add_argument("--images", type=int, default=200, help="test images for noise MSE and accuracy")
+    parser.add_argument("--drawn", type=int, default=1000, help="images drawn for the distances")
     parser.add_argument("--rate", type=float, default=1e-2, help="the learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--reference", type=Path, default=ROOT / "runs" / "frechet" / "reference.pt", help="from frechet.py"
-    )
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "architectures")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
     args = parser.parse_args()
-    if not args.reference.exists():
-        raise SystemExit(f"{args.reference} is missing: run benchmarks/frechet.py first, which needs CIFAR-10 in data/")
+    test = nb.load_images(nb.make_config("cpu", data_dir=str(ROOT / "data"), download=False), train=False)
+    if "stand-in" in test.source:
+        raise SystemExit("CIFAR-10 is missing in data/: the distance would be one to drawn images")
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    frechet.plain_reference(test, args.run_dir / "plain.pt")  # once, for every process
     asked = dict(minutes=args.minutes, learning_rate=args.rate, seed=args.seed, drawn=args.drawn, images=args.images)
     facts = json.loads(args.out.read_text()) if args.out.exists() else {}
     if any(facts.get(k) != v for k, v in asked.items()):

@@ -5,7 +5,8 @@
     python benchmarks/classifier.py errors --fresh --images 400 --rounds 32     # other images
     python benchmarks/classifier.py errors --fresh --images 400 --rounds 20 --guided
     python benchmarks/classifier.py baselines --minutes 5                       # goes on where it stopped
-    python benchmarks/classifier.py earlier --weights runs/early.safetensors    # this network after less training
+    python benchmarks/classifier.py diffusion --minutes 5                       # this network, trained for the same time
+    python benchmarks/classifier.py earlier --weights runs/early.safetensors    # weights from less training
     python benchmarks/classifier.py report                                      # results/classifier.json and .png
     python benchmarks/classifier.py density                                     # where t should lie, on training images
 
@@ -466,6 +467,35 @@ def baselines(args) -> None:
             note("baselines", f"{name}, {args.minutes:g} min of training", entry)
 
 
+def trained(config, images, minutes: float):
+    """A run of `minutes`: half of the time at full learning rate, then as many steps again while it falls to zero."""
+    run, alpha_bar = nb.new_run(config), nb.make_schedule(config)
+    while run.seconds < 30 * minutes:
+        nb.advance(run, images, alpha_bar, run.step + 1)
+    run.config = nb.replace(config, train_steps=2 * run.step, cooldown=0.5)
+    nb.advance(run, images, alpha_bar, run.config.train_steps)
+    return run
+
+
+def diffusion(args) -> None:
+    """Train the notebook's network from nothing for --minutes, keep it in runs/, and measure it as `earlier` does."""
+    path = Path(args.out).with_name(f"diffusion-{args.minutes:g}.safetensors")
+    if not path.exists():
+        config = nb.make_config(
+            "cpu", data_dir=str(ROOT / "data"), download=False, train_steps=10**6, cooldown=0.0, seed=0,
+            ema_half_life=max(10, round(6 * args.minutes)),
+        )  # fmt: skip
+        images = nb.load_images(config, train=True)
+        run = trained(config, images, args.minutes)
+        facts = dict(steps=run.step, images_seen=run.images_seen, seconds=round(run.seconds), data=images.source)
+        facts |= dict(story=f"{run.images_seen:,} images in {run.step:,} steps, from {images.source}")
+        run.model.config = nb.replace(config, data_dir="data", run_dir="runs")
+        nb.save_weights(path, run.model, facts)
+        print(facts, flush=True)
+    args.weights = path
+    earlier(args)
+
+
 def earlier(args) -> None:
     """The diffusion model of --weights, earlier in its training: 12 rounds, t evenly over the middle, no class dropped."""
     config, model = setting(args)
@@ -482,7 +512,7 @@ def earlier(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("errors", "baselines", "earlier", "report", "density"))
+    parser.add_argument("command", choices=("errors", "baselines", "diffusion", "earlier", "report", "density"))
     parser.add_argument("--weights", type=Path, default=ROOT / "assets" / "unet-cifar10.safetensors")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=100)
