@@ -66,8 +66,10 @@ def one(name: str, args) -> dict:
     nb.write_whole(args.run_dir / f"{list(SHAPES).index(name)}.npy", functools.partial(frechet.store, drawn.numpy()))
     facts = dict(zip(("parameters", "work"), nb.describe(model).split(", ")))
     facts |= dict(seconds=round(run.seconds), steps=run.step, images_seen=run.images_seen, precision=config.precision)
-    bands = [round(v, 5) for v in nb.noise_mse(model, some, BANDS).tolist()]
-    facts |= dict(noise_mse=round(sum(bands) / BANDS, 5), noise_mse_by_t=bands, test_images=len(some))
+    errors = nb.noise_mse(model, some, BANDS)
+    mean, *around = nb.mean_interval(errors.mean(0))
+    bands = [round(v, 5) for v in errors.mean(1).tolist()]
+    facts |= dict(noise_mse=mean, noise_mse_interval=around, noise_mse_by_t=bands, test_images=len(some))
     facts |= dict(
         accuracy=right / len(some), interval=[round(v, 3) for v in nb.wilson(right, len(some))], evaluations=80
     )

@@ -33,10 +33,11 @@ SHIPPED = ROOT / "assets" / "unet-cifar10.safetensors"
 
 
 def configure(args) -> "nb.Config":
+    shape = {} if args.widths is None else dict(widths=tuple(map(int, args.widths.split(","))))
     return nb.make_config(
         "cpu", run_dir=args.run_dir, data_dir=str(ROOT / "data"), batch_size=64, learning_rate=args.rate, warmup=50,
         ema_half_life=args.half_life, train_steps=args.steps, cooldown=args.cooldown, seed=args.seed, download=False,
-        snr_power=args.snr_power,
+        snr_power=args.snr_power, **shape,
     )  # fmt: skip
 
 
@@ -102,7 +103,8 @@ def measure(args) -> None:
     n = len(verdict.labels)
     right = int((verdict.labels == some.labels[:n]).sum())
     few, start = test.subset(min(300, args.images), seed=1), time.perf_counter()
-    bands = nb.noise_mse(model, few)
+    errors = nb.noise_mse(model, few)
+    mean, *around = nb.mean_interval(errors.mean(0))
     common = dict(
         source=some.source,
         weights=f"{model.facts['images_seen']:,} images seen",
@@ -110,14 +112,14 @@ def measure(args) -> None:
         date=time.strftime("%Y-%m-%d"),
     )
     model.facts["test_noise_mse"] = dict(
-        value=round(bands.mean().item(), 5), images=len(few), seconds=round(time.perf_counter() - start), **common
+        value=mean, images=len(few), interval=around, seconds=round(time.perf_counter() - start), **common
     )
     model.facts["test_accuracy"] = dict(
         value=right / n, images=n, interval=[round(v, 4) for v in nb.wilson(right, n)],
         evaluations_per_image=round(verdict.evaluations, 1), seconds=round(seconds), **race, **common,
     )  # fmt: skip
     nb.save_weights(args.weights, model, model.facts)
-    print(json.dumps({k: model.facts[k] for k in ("test_noise_mse", "test_accuracy")}), bands.tolist())
+    print(json.dumps({k: model.facts[k] for k in ("test_noise_mse", "test_accuracy")}), errors.mean(1).tolist())
 
 
 def optimizers(args) -> None:
@@ -278,6 +280,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--snr-power", type=float, default=0.0)
     parser.add_argument("--scratch", action="store_true")
+    parser.add_argument("--widths", help="channels at full, half, quarter ... resolution, as 64,64,128; with --scratch")
     parser.add_argument("--commit", default="")
     parser.add_argument("--images", type=int, default=1000)
     args = parser.parse_args()

@@ -1,5 +1,6 @@
 """Settings, the network, training, checkpoints and weights."""
 
+import math
 import os
 import shutil
 import signal
@@ -400,8 +401,12 @@ def test_moving_average_has_the_stated_half_life_and_copies_buffers(nb):
 def test_muon_orthogonalises(nb):
     g = torch.Generator().manual_seed(0)
     for shape in ((32, 32), (16, 144), (144, 16)):
-        values = torch.linalg.svdvals(nb.orthogonalise(torch.randn(shape, generator=g)))
+        values = torch.linalg.svdvals(nb.orthogonalise([torch.randn(shape, generator=g)])[0])
         assert 0.6 < values.min() and values.max() < 1.25
+    several = [torch.randn(shape, generator=g) for shape in ((16, 144), (32, 32), (144, 16), (16, 16), (16, 144))]
+    for matrix, together in zip(several, nb.orthogonalise(several), strict=True):  # in one go as one by one
+        assert together.shape == matrix.shape
+        torch.testing.assert_close(together, nb.orthogonalise([matrix])[0], rtol=1e-3, atol=1e-4)
     p = nn.Parameter(torch.ones(4, 3, 3, 3))
     p.grad = torch.randn(p.shape, generator=g)
     before = p.detach().clone()
@@ -499,8 +504,18 @@ def test_on_cuda_train_stop_resume_sample_and_classify(nb, tiny):
 def test_noise_mse_by_band(nb, tiny):
     model = lambda x_t, t, y: torch.zeros_like(x_t) + (t >= 500).view(-1, 1, 1, 1)  # noqa: E731
     model.config = tiny
-    bands = nb.noise_mse(model, images_of(nb), bands=4)
-    torch.testing.assert_close(bands, torch.tensor([1.0, 1.0, 2.0, 2.0]), rtol=0.03, atol=0)
+    errors = nb.noise_mse(model, images_of(nb), bands=4)
+    torch.testing.assert_close(errors.mean(1), torch.tensor([1.0, 1.0, 2.0, 2.0]), rtol=0.03, atol=0)
+    assert errors.shape == (4, len(images_of(nb))) and errors.unique().numel() == errors.numel()  # one each
+
+
+def test_mean_interval_is_the_textbook_one_and_holds_the_mean_nineteen_times_in_twenty(nb):
+    values = torch.arange(1.0, 26.0)  # mean 13, variance 25 * 26 / 12
+    half = 1.96 * math.sqrt(25 * 26 / 12 / 25)
+    assert nb.mean_interval(values) == pytest.approx([13, 13 - half, 13 + half], abs=1e-5)
+    draws = torch.randn(1000, 100, generator=torch.Generator().manual_seed(0))
+    inside = sum(low <= 0 <= high for _, low, high in map(nb.mean_interval, draws))
+    assert 930 <= inside <= 970
 
 
 def test_quality_of_known_errors(nb):
