@@ -81,10 +81,8 @@ def speed(args, steps: int = 40) -> float:
 def train(args) -> None:
     steps = args.steps or (40 if args.quick else None)
     if steps is None:
-        rate, asked = speed(args), time.monotonic()
-        while args.wait and not args.wait.exists() and time.monotonic() - asked < 60:
-            time.sleep(0.1)
-        seconds = float(args.wait.read_text()) if args.wait and args.wait.exists() else args.seconds
+        rate = speed(args)
+        seconds = args.until - time.time() if args.until else args.seconds
         steps = int(seconds * rate / args.batch)
         print(f"{steps} steps in {seconds:.0f} s, it seems", flush=True)
     config = configure(args, train_steps=steps, warmup=steps // 60 + 1, ema_half_life=steps // 60 + 1)
