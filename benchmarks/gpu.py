@@ -178,7 +178,7 @@ def measure(args) -> None:
         date=time.strftime("%Y-%m-%d"),
         source=test.source,
     )
-    some, start = images.subset(min(500, args.images), seed=5), wait(config)
+    some, start = images.subset(min(400, args.images), seed=5), wait(config)
     errors, t = nb.study_steps(model, some, 25, batch_size=1000)
     model.facts["guide"] = nb.fit_guide(errors, t, some.labels.cpu()) | {"source": some.source}
     tell(args, guide=model.facts["guide"] | dict(seconds=round(wait(config) - start, 1)))
@@ -234,15 +234,18 @@ def measure(args) -> None:
         )
 
 
+def both(args) -> None:
+    train(args)
+    measure(args)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("speed", "train", "measure"))
+    parser.add_argument("command", choices=("speed", "train", "measure", "both"))
     parser.add_argument("--run-dir", default=str(ROOT / "runs" / "gpu-run"))
     parser.add_argument("--data-dir", default=str(ROOT / "data"))
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument(
-        "--wait", type=Path, help="a file in which, after a look at the speed, the seconds will be written"
-    )
+    parser.add_argument("--until", type=float, help="seconds since 1970 at which training should end, not --seconds")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=4e-3)
