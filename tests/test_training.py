@@ -56,7 +56,9 @@ def test_a_mistake_is_named_before_any_work(nb, wrong, message):
 
 def test_fewer_widths_need_no_other_setting(nb):
     assert nb.make_config("cpu", widths=(32, 64), precision="fp32").attention == ()
-    assert nb.make_config("gpu", widths=(64, 128), precision="fp32").attention == (1,)
+    assert nb.make_config("gpu", widths=(64, 128), precision="fp32").attention == ()
+    assert nb.make_config("ddpm", widths=(64, 128), precision="fp32").attention == (1,)  # a level that is still there
+    assert nb.make_config("ddpm", widths=(64,), precision="fp32").attention == ()
     assert nb.make_config("smoke", widths=(16,)).attention == ()
 
 
