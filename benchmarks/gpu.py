@@ -1,4 +1,4 @@
-"""The shipped weights on one GPU: how fast it trains, the run itself, and what the weights can do, each in one command.
+"""Preset `gpu` on one GPU: how fast it trains, the run itself, and what the weights can do, each in one command.
 
     python benchmarks/gpu.py speed                       # images/s of the training step of preset `gpu`, compiled
     python benchmarks/gpu.py train --seconds 600         # as many steps as fit, or --steps; goes on where it stopped

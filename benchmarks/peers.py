@@ -4,6 +4,7 @@
     python benchmarks/peers.py --quick             the same with tiny sizes, a rehearsal: its numbers mean nothing
     python benchmarks/peers.py --only training     one part; the other parts of results/<device>.json are kept
     python benchmarks/peers.py --profile           also where the time of a training step goes
+    python benchmarks/peers.py --name cpu-bf16     into results/cpu-bf16.json: another machine beside the first
 
 Every system runs in a process of its own, all take turns, and only one computes at a time. README.md says what is compared.
 """
@@ -365,6 +366,9 @@ def main():
         "--quick", action="store_true", help="a rehearsal with tiny sizes, in results/<device>-quick.json"
     )
     parser.add_argument("--batch", type=int, help="images per training step")
+    parser.add_argument(
+        "--name", help="results/NAME.json, for another machine beside the first; else the device's name"
+    )
     parser.add_argument("--cap-seconds", type=float, default=60, help="longest single measurement of the growth curves")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = SIZES[device] | (QUICK if "--quick" in sys.argv else {})
@@ -385,7 +389,7 @@ def main():
     code = hashlib.sha256("\n".join(loader.code_cells()).encode()).hexdigest()[:16]
     machine |= {"cores": CORES, "python": platform.python_version(), **peers, "notebook_code": code}
 
-    path = ROOT / "benchmarks" / "results" / f"{device}{'-quick' * bench.quick}.json"
+    path = ROOT / "benchmarks" / "results" / f"{bench.name or device}{'-quick' * bench.quick}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results |= {"device": device, "machine": machine, "rehearsal": bench.quick}
     for name in wanted:

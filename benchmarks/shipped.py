@@ -62,6 +62,9 @@ def train(args) -> None:
     facts["run_ends"] = [*before.get("run_ends", shipped), facts["steps"]]
     facts["story"] += "; the last layer estimates v since step 2,140" if before else ""
     facts["story"] += f"; the learning rate fell to zero at steps {', '.join(f'{n:,}' for n in facts['run_ends'])}"
+    facts["precisions"] = [*before.get("precisions", ["fp32"] * len(facts["run_ends"][:-1])), config.precision]
+    for start, precision, one_before in zip(facts["run_ends"], facts["precisions"][1:], facts["precisions"]):
+        facts["story"] += f"; computed in {precision} since step {start:,}" if precision != one_before else ""
     facts["snr_powers"] = [*before.get("snr_powers", [0.0] * len(facts["run_ends"][:-1])), config.snr_power]
     if any(facts["snr_powers"]):
         facts["story"] += f", with snr_power {', '.join(f'{p:g}' for p in facts['snr_powers'])}"
@@ -102,7 +105,7 @@ def measure(args) -> None:
     verdict, seconds = nb.evaluate_classifier(model, some, Path(args.run_dir) / "classified.safetensors", **race)
     n = len(verdict.labels)
     right = int((verdict.labels == some.labels[:n]).sum())
-    few, start = test.subset(min(300, args.images), seed=1), time.perf_counter()
+    few, start = test.subset(args.images, seed=1), time.perf_counter()
     errors = nb.noise_mse(model, few)
     mean, *around = nb.mean_interval(errors.mean(0))
     common = dict(
