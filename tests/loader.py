@@ -22,7 +22,8 @@ def code_cells(path: Path = NOTEBOOK) -> list[str]:
 def is_definition(node: ast.stmt) -> bool:
     if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
         return True
-    names = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+    targets = [node.target] if isinstance(node, ast.AugAssign) else getattr(node, "targets", [])
+    names = [t.id for t in targets if isinstance(t, ast.Name)]
     return bool(names) and all(name.isupper() for name in names)
 
 

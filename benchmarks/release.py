@@ -1,0 +1,223 @@
+"""Train the shipped weights, and make everything anew that shows them.
+
+python benchmarks/release.py train --init FILE   # a plateau: from weights, or from nothing without --init
+python benchmarks/release.py train               # goes on from the checkpoint, as often as it is stopped
+python benchmarks/release.py fall --out FILE     # a branch: 200 steps with the rate falling to 0; the plateau stays
+python benchmarks/release.py standin             # assets/standin.png, drawn by the shipped weights
+python benchmarks/release.py all                 # executes the notebook, then assets, results.json and README
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import loader
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SIGMAS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def open_run(nb, args, images):
+    """The run in the checkpoint, or a new one from --init or from nothing; its facts tell what it has seen."""
+    path = Path(args.checkpoint)
+    config = nb.make_config("gpu", batch_size=args.batch, learning_rate=args.rate, device=args.device)
+    config = nb.replace(config, warmup=20, cooldown=0.0, ema_half_life=200, data_dir=args.data)
+    if path.exists():
+        run = nb.load_checkpoint(path, config)
+        run.config = nb.replace(run.config, learning_rate=args.rate, seed=run.images_seen)
+        facts = json.loads(path.with_suffix(".json").read_text())
+    else:
+        init = nb.load_weights(args.init) if args.init else None
+        facts = init.facts if init else {"images_seen": 0, "steps": 0, "seconds": 0}
+        run = nb.new_run(nb.replace(config, seed=facts["images_seen"]), init)
+        run.images_seen = facts["images_seen"]
+    run.source = images.source
+    return run, facts
+
+
+def advance(nb, run, images, alpha_bar, until: int, seconds: float, stop) -> None:
+    """Train to step `until`, for `seconds`, or until the stop button."""
+    start = begun = time.monotonic()
+    before = run.seconds
+    while run.step < until and time.monotonic() - start < seconds and not stop:
+        c = run.config
+        run.losses.append(
+            nb.train_step(run, *nb.batch_at(run.step, images, c.batch_size, c.seed, c.flip), alpha_bar).item()
+        )
+        run.seconds = before + time.monotonic() - start
+        if time.monotonic() - begun > 300:
+            begun = time.monotonic()
+            say(
+                f"step {run.step}, {run.images_seen:,} images, loss {sum(run.losses[-50:]) / len(run.losses[-50:]):.5f}"
+            )
+            yield
+
+
+def slopes(nb, model, images) -> dict:
+    """The slope of eps_hat by sigma, as section 5 of the notebook measures it."""
+    sigma = (1 / nb.make_schedule(model.config) - 1).sqrt()
+    t = torch.stack([(sigma - s).abs().argmin() for s in SIGMAS])
+    mse, slope = nb.noise_errors(model, images, t)
+    return {
+        "sigma": SIGMAS,
+        "slope": [round(v, 4) for v in slope.tolist()],
+        "mse": [round(v, 5) for v in mse.mean(1).tolist()],
+    }
+
+
+def standin(nb, columns: int = 36) -> None:
+    """A sheet of drawn images, a row for every class."""
+    model = nb.load_weights(ROOT / "assets" / "unet-cifar10.safetensors")
+    dice = torch.Generator().manual_seed(0)
+    rows = []
+    for k in range(10):
+        x_0 = nb.sample(model, torch.full((columns,), k), 20, guidance_scale=3.0, generator=dice)
+        rows.append(nb.to_uint8(x_0).permute(2, 0, 3, 1).reshape(32, -1, 3))
+        say(f"class {k}")
+    sheet = nb.Image.fromarray(torch.cat(rows).numpy())
+    nb.write_whole(ROOT / "assets" / "standin.png", lambda part: sheet.save(part, format="PNG", optimize=True))
+
+
+def interval(entry: dict, scale: float = 1.0, digits: int = 1) -> str:
+    low, high = entry["interval"]
+    return f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
+
+
+def readme() -> None:
+    """README's table, from results.json and what `measure.py` has stored in the weights."""
+    results = json.loads((ROOT / "assets" / "results.json").read_text(encoding="utf-8"))
+    facts, found = results["training"], results["results"]
+    rows = []
+    measured = facts.get("measured", {})
+    if "accuracy" in measured:
+        a = measured["accuracy"]
+        text = f"{100 * a['value']:.1f} % ({interval(a, 100)})"
+        rows.append(
+            ("classification accuracy", text, f"{a['images']:,} test images, {a['evaluations']} evaluations each")
+        )
+    for name, what in (("FD", "Fréchet distance (EfficientNet-Lite0)"), ("KID", "kernel distance × 1000")):
+        if name in measured:
+            entry = measured[name]
+            value = f"{entry['value']:g}" + (f" ({interval(entry)})" if "interval" in entry else "")
+            drawn = measured["drawn"]
+            rows.append(
+                (what, value, f"{drawn['images']:,} images, {drawn['steps']} steps, guidance {drawn['guidance']:g}")
+            )
+    rows.append(
+        (
+            "test noise MSE",
+            f"{found['test noise MSE']['value']:.4f}",
+            f"{found['test noise MSE']['images']} test images",
+        )
+    )
+    for s in (25, 50):
+        entry = found["PSNR, diffusion, mean"]
+        k = entry["sigma"].index(s)
+        rival = max(found[f"PSNR, {name}"]["value"][k] for name in ("non-local means", "total variation"))
+        text = f"{entry['value'][k]:.1f} dB (best classical method {rival:.1f})"
+        rows.append((f"denoising, σ = {s} of 255", text, f"{entry['images']} test images"))
+    speed = found["sampling, images/s"]
+    rows.append(
+        (
+            "sampling",
+            f"{speed['value']:.1f} images/s",
+            f"{speed['setting']}, two CPU cores, {results['config']['precision']}",
+        )
+    )
+    lines = [f"The shipped weights saw {facts['images_seen']:,} images. 95 % intervals in brackets.", ""]
+    lines += ["| measure | value | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [
+        f"Source: {found['test noise MSE']['source']}. Everything is in [`assets/results.json`](assets/results.json)."
+    ]
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- results -->")
+    after = rest.partition("<!-- end of results -->")[2]
+    made = "\n".join([f"{before}<!-- results -->", *lines, f"<!-- end of results -->{after}"])
+    path.write_text(made, encoding="utf-8")
+
+
+def remake() -> None:
+    """Execute the notebook in place, and copy what README and the next run show of it."""
+    run = [str(Path(sys.executable).with_name("jupyter")), "execute", "--inplace", "DiffusionModel.ipynb"]
+    subprocess.run(run, cwd=ROOT, check=True)
+    for name in ("figures/reverse.gif", "figures/generated-classes.png", "results.json"):
+        shutil.copy(ROOT / "runs" / name, ROOT / "assets")
+    readme()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "fall", "standin", "all", "readme"))
+    parser.add_argument("--init")
+    parser.add_argument("--out", default="runs/fallen.safetensors")
+    parser.add_argument("--checkpoint", default="runs/plateau.pt")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what in ("all", "readme"):
+        return remake() if args.what == "all" else readme()
+    nb = loader.load()
+    if args.what == "standin":
+        return standin(nb)
+    config = nb.make_config("gpu", data_dir=args.data, device=args.device, download=False)
+    images = nb.load_images(config, True).to(config.device)
+    run, facts = open_run(nb, args, images)
+    alpha_bar = nb.make_schedule(run.config)
+    if config.device == "cuda":
+        alpha_bar = alpha_bar.cuda()
+        run.forward = nb.compiled(run.network, *nb.batch_at(0, images, args.batch, 0))
+    before = facts | {"images_seen": run.images_seen, "steps": facts["steps"] + run.step}
+    path = Path(args.checkpoint)
+    with nb.stop_button() as stop:
+        if args.what == "train":
+            for _ in advance(nb, run, images, alpha_bar, 10**9, args.minutes * 60 or 1e9, stop):
+                nb.save_checkpoint(path, run)
+                nb.write_whole(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(facts)))
+            nb.save_checkpoint(path, run)
+            nb.write_whole(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(facts)))
+            say(f"stopped at step {run.step}, {run.images_seen:,} images")
+            return
+        test = nb.load_images(config, False).subset(500, seed=9).to(config.device)
+        plateau = slopes(nb, run.model, test) | {
+            "images_seen": run.images_seen,
+            "learning_rate": run.config.learning_rate,
+        }
+        say(f"plateau {plateau}")
+        until = run.step + args.steps
+        run.config = nb.replace(run.config, train_steps=until, cooldown=args.steps / until, ema_half_life=30)
+        for _ in advance(nb, run, images, alpha_bar, until, 1e9, stop):
+            pass
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    made = before | {"images_seen": run.images_seen, "steps": facts["steps"] + run.step, "data": images.source}
+    made |= {
+        "seconds": facts["seconds"] + round(run.seconds),
+        "plateau": plateau,
+        "fallen": slopes(nb, run.model, test),
+    }
+    made |= {"commit": commit, "torch": torch.__version__}
+    nb.save_weights(args.out, run.model, made)
+    say(f"{args.out}: {made}")
+
+
+if __name__ == "__main__":
+    main()
