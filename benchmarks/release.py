@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import nbclient
+import nbformat
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -150,8 +152,13 @@ def readme() -> None:
 
 def remake() -> None:
     """Execute the notebook in place, and copy what README and the next run show of it."""
-    run = [str(Path(sys.executable).with_name("jupyter")), "execute", "--inplace", "DiffusionModel.ipynb"]
-    subprocess.run(run, cwd=ROOT, check=True)
+    path = ROOT / "DiffusionModel.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    options = dict(
+        timeout=None, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}
+    )
+    nbclient.NotebookClient(notebook, **options).execute()
+    nbformat.write(notebook, path)
     for name in ("figures/reverse.gif", "figures/generated-classes.png", "results.json"):
         shutil.copy(ROOT / "runs" / name, ROOT / "assets")
     readme()

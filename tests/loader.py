@@ -1,7 +1,4 @@
-"""The notebook's own definitions as a module, without running it.
-
-Kept from the code cells: top-level imports, functions, classes and assignments to UPPER_CASE names.
-"""
+"""The notebook's imports, functions, classes and UPPER_CASE names as a module, without running the rest."""
 
 import ast
 import json

@@ -1,6 +1,5 @@
 """Schedules, noising, embedding, solvers, denoiser and classifier: against diffusers and against exact mathematics."""
 
-import math
 import signal
 
 import diffusers
@@ -42,13 +41,13 @@ def test_the_shifted_cosine_is_that_of_simple_diffusion(nb, T):
 
 def test_q_sample_has_the_stated_moments(nb):
     alpha_bar = nb.linear_schedule(1000)
-    n = 100_000
-    for t in (0, 250, 999):
-        eps = torch.randn(n, 1, 1, 1, generator=dice(t))
-        x_t = nb.q_sample(torch.full((n, 1, 1, 1), 0.7), torch.full((n,), t), eps, alpha_bar)
-        std = math.sqrt(1 - alpha_bar[t])
-        assert abs(x_t.mean() - math.sqrt(alpha_bar[t]) * 0.7) < 5 * std / math.sqrt(n)
-        assert abs(x_t.std() / std - 1) < 5 / math.sqrt(2 * n)
+    t = torch.tensor([0, 250, 999])
+    x_0 = torch.full((300_000, 1, 1, 1), 0.7)
+    x_t = nb.q_sample(x_0, t.repeat(100_000), torch.randn(x_0.shape, generator=dice()), alpha_bar).view(-1, 3).double()
+    assert (
+        (x_t.mean(0) - 0.7 * alpha_bar[t].sqrt()).abs() < 0.016 * (1 - alpha_bar[t]).sqrt()
+    ).all()  # 5 standard errors
+    torch.testing.assert_close(x_t.std(0), (1 - alpha_bar[t]).sqrt(), rtol=0.011, atol=0)
 
 
 def test_the_timestep_embedding_is_that_of_diffusers(nb):
@@ -240,7 +239,7 @@ def test_samples_have_the_right_mean_and_covariance(nb, gaussian, solver, steps)
     torch.testing.assert_close(torch.cov(x.T), gaussian.covariance, rtol=0.08, atol=8e-4)
 
 
-@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.37, 1.0])
+@pytest.mark.parametrize("sigma", [1e-9, 0.02, 0.1, 0.37, 1.0])
 def test_denoise_is_the_posterior_mean(nb, gaussian, sigma):
     noisy = torch.randn(50, 1, 2, 2, generator=dice(1)) * 0.1
     wanted, _ = gaussian.posterior(noisy, sigma)
@@ -257,9 +256,8 @@ def test_a_draw_has_the_posterior_mean_and_covariance(nb, gaussian, steps):
     torch.testing.assert_close(torch.cov(x.T), covariance, rtol=0.1, atol=5e-4)
 
 
-def test_denoise_takes_the_first_step_for_the_least_noise_and_refuses_what_cannot_be(nb, gaussian):
+def test_denoise_refuses_what_cannot_be(nb, gaussian):
     noisy = torch.zeros(1, 1, 2, 2)
-    torch.testing.assert_close(nb.denoise(gaussian, noisy, 1e-9), noisy, atol=1e-6, rtol=0)
     for sigma in (0, -1, 25):
         with pytest.raises(ValueError, match="sigma = .* must be above 0"):
             nb.denoise(gaussian, noisy, sigma)
@@ -289,8 +287,7 @@ def test_classify_decides_like_bayes(nb, schedule):
     truth = torch.arange(300) % 10
     x_0 = means[truth] + 0.02**0.5 * torch.randn(300, 16, generator=dice(1))
     distance = torch.cdist(x_0, means).square()
-    two = distance.topk(2, largest=False).values
-    clear = two[:, 1] - two[:, 0] > 1e-4  # beyond rounding
+    clear = distance.topk(2, largest=False).values.diff()[:, 0] > 1e-4  # beyond rounding
     verdict = nb.classify(Gaussian(nb, config, means, torch.eye(16) * 0.02), x_0.view(-1, 1, 4, 4))
     assert torch.equal(verdict.labels[clear], distance.argmin(1)[clear]) and clear.float().mean() > 0.98
     assert 0.3 < (verdict.labels == truth).float().mean() < 0.95 and verdict.evaluations == 94
@@ -317,13 +314,12 @@ def test_successive_halving_by_hand(nb, k):
 
 
 def test_a_stopped_evaluation_goes_on_and_one_of_other_weights_or_images_is_refused(nb, tiny, tmp_path, monkeypatch):
-    torch.manual_seed(0)
     model = nb.UNet(nb.replace(tiny, num_classes=2)).eval()
     torch.nn.init.normal_(model.out.weight, std=0.1)
     images = images_of(nb, 25, classes=2)
     path = tmp_path / "deep" / "done.npz"
-    wanted = nb.classify(model, nb.to_unit(images.images))
     original = nb.classify
+    wanted = original(model, nb.to_unit(images.images))
     asked = []
 
     def counted(model, x_0, **settings):
@@ -338,6 +334,7 @@ def test_a_stopped_evaluation_goes_on_and_one_of_other_weights_or_images_is_refu
         whole = nb.evaluate_classifier(model, images, path, part=10)
         assert asked == [10, 10, 5] and whole.evaluations == 44 and torch.equal(whole.labels, wanted.labels)
     assert [file.name for file in path.parent.iterdir()] == ["done.npz"]
-    for changed in ((nb.UNet(model.config), images), (model, images_of(nb, 25, seed=1)), (model, images.subset(20))):
+    others = images_of(nb, 25, seed=1), images.subset(20), images.subset(25, seed=5)  # the last only in another order
+    for changed in ((nb.UNet(model.config), images), *[(model, other) for other in others]):
         with pytest.raises(ValueError, match="name another file"):
             nb.evaluate_classifier(*changed, path)

@@ -167,17 +167,15 @@ def test_the_notebook_keeps_to_its_budgets():
     lengths = [sum(1 for line in cell.source.splitlines() if line.strip()) for cell in CODE]
     words = sum(len(cell.source.split()) for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
     found = dict(cells=len(CODE), lines=sum(lengths), longest=max(lengths), words=words, bytes=len(STORED))
-    limits = dict(cells=72, lines=1265, longest=45, words=5000, bytes=6_000_000)
+    limits = dict(cells=72, lines=1410, longest=45, words=5000, bytes=6_000_000)
     assert {name: n for name, n in found.items() if n > limits[name]} == {}
 
 
-PUBLIC = """make_config load_images linear_schedule cosine_schedule make_schedule q_sample timestep_embedding UNet train
-diffusion_loss save_checkpoint load_checkpoint save_weights load_weights sample solve denoise denoise_picture classify
-evaluate_classifier"""
-
-
 def test_public_functions_are_documented(nb):
-    assert [name for name in PUBLIC.split() if len(getattr(nb, name).__doc__) < 30] == []
+    names = """make_config load_images linear_schedule cosine_schedule make_schedule q_sample timestep_embedding UNet
+    diffusion_loss train save_checkpoint load_checkpoint save_weights load_weights sample solve denoise denoise_picture
+    classify evaluate_classifier""".split()
+    assert [name for name in names if len(getattr(nb, name).__doc__) < 30] == []
 
 
 def test_ruff_finds_nothing_and_nothing_is_suppressed():

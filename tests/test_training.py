@@ -14,21 +14,16 @@ from conftest import images_of
 WRONG = [
     (dict(train_step=5), "there is no setting 'train_step'"),
     (dict(train_steps=0), "train_steps = 0 must be above 0, or weights must name a file"),
-    (dict(train_steps=True), "train_steps = True must be a whole number"),
+    (dict(train_steps="many"), "train_steps = 'many' must be a whole number"),
     (dict(batch_size=0), "batch_size = 0 must be from 1"),
-    (dict(learning_rate=math.nan), "learning_rate = nan"),
     (dict(schedule="sigmoid"), "schedule = 'sigmoid' must be one of cosine, linear"),
-    (dict(precision="fp8"), "precision = 'fp8' must be one of"),
     (dict(device="tpu"), "device = 'tpu' is not present"),
     (dict(preset="fast"), "preset = 'fast' must be one of auto, cpu, gpu, smoke"),
-    (dict(widths=(16, -1)), "widths"),
     (dict(widths="64,128"), "widths = '64,128' must be a list"),
     (dict(attention=(7,)), "attention"),
     (dict(T=100, schedule="linear"), "T = 100 must be at least 500 with the linear schedule"),
     (dict(image_shape=(3, 33, 32)), r"image_shape = \(3, 33, 32\) must be divisible by 2"),
     (dict(sampling_steps=2000), "sampling_steps = 2000 must be at most T"),
-    (dict(seed=-1), "seed"),
-    (dict(data_dir=""), "data_dir"),
     (dict(weights="none.safetensors"), "there is no file 'none.safetensors'"),
 ]
 
@@ -46,8 +41,8 @@ def test_presets_fill_in_what_is_not_given(nb, tmp_path, monkeypatch):
     assert smoke.train_steps == nb.PRESETS["smoke"]["train_steps"] and smoke.widths == (16, 32)
     assert smoke.attention == () and type(smoke.learning_rate) is float
     (tmp_path / "w").write_bytes(b"")
-    assert nb.make_config("cpu", weights=str(tmp_path / "w")).train_steps == 0  # used as they are
-    assert nb.make_config("cpu", weights=str(tmp_path / "w"), train_steps=7).train_steps == 7
+    own = [nb.make_config("cpu", weights=str(tmp_path / "w"), train_steps=n).train_steps for n in (None, 7)]
+    assert own == [0, 7]  # without a number, weights are used as they are
     monkeypatch.setattr(nb, "precisions", lambda device: ("fp16", "fp32"))
     assert nb.make_config("cpu", device="cpu").precision == "fp16"  # the fastest
     with pytest.raises(ValueError, match="precision = 'bf16' must be one of fp16, fp32 on cpu"):
@@ -73,10 +68,7 @@ def awake(nb, config):
     return model
 
 
-SHAPES = [((3, 32, 32), (16, 24)), ((1, 28, 28), (16, 24, 8)), ((4, 24, 40), (16, 24)), ((3, 7, 5), (16,))]
-
-
-@pytest.mark.parametrize(("shape", "widths"), SHAPES)
+@pytest.mark.parametrize(("shape", "widths"), [((1, 28, 20), (16, 24, 8)), ((4, 24, 40), (16, 24)), ((3, 7, 5), (16,))])
 def test_images_of_any_divisible_size_do_not_mix_and_depend_on_time_and_label(nb, shape, widths):
     model = awake(nb, nb.make_config("smoke", image_shape=shape, widths=widths, attention=(0,)))
     x = torch.randn(1, *shape)
@@ -98,15 +90,6 @@ def test_what_the_last_layer_says_is_v(nb, tiny, schedule):
     for v in (0.0, 0.7):
         nn.init.constant_(model.out.bias, v)
         torch.testing.assert_close(model(x, t, t % 10), (1 - a).sqrt() * x + v * a.sqrt())
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sixteen_bits_are_close_to_fp32(nb, tiny, precision):
-    model = awake(nb, tiny)
-    low = awake(nb, nb.replace(tiny, precision=precision))
-    args = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 10])
-    a, b = model(*args), low(*args)
-    assert b.dtype == torch.float32 and 0 < (a - b).norm() / a.norm() < 0.03
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -149,8 +132,7 @@ def test_one_batch_overfits(nb, tiny, optimizer, rate):
     t = torch.tensor([300, 400, 500, 600])  # sigma 0.2 to 0.55
     seen, _ = nb.noise_errors(run.model, images_of(nb, 8, classes=1), t)
     unseen, _ = nb.noise_errors(run.model, images_of(nb, 8, classes=1, seed=1), t)
-    assert seen.mean() < 0.45 and unseen.mean() > 0.8
-    assert run.step == 100 == len(run.losses) and run.images_seen == 1600
+    assert seen.mean() < 0.45 and unseen.mean() > 0.8 and run.images_seen == 1600
 
 
 @pytest.mark.parametrize(("scale", "slope"), [(1.0, 1.0), (0.8, 1.25), (1.25, 0.8)])
@@ -194,20 +176,22 @@ def test_the_rate_warms_up_stays_and_falls_to_zero_and_the_average_has_its_half_
         assert average.weight.item() == pytest.approx(1 - left)
 
 
-def test_newton_schulz_orthogonalises_and_muon_steps_downhill(nb):
+def test_newton_schulz_orthogonalises_and_muon_steps_as_that_of_torch(nb):
     dice = torch.Generator().manual_seed(0)
     matrices = F.normalize(torch.randn(3, 32, 144, generator=dice), dim=(1, 2))
     near = nb.newton_schulz(matrices @ matrices.transpose(1, 2)) @ matrices
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     assert F.cosine_similarity(near.flatten(1), (u @ v).flatten(1)).min() > 0.97
-    assert 0.6 < torch.linalg.svdvals(near).min() and torch.linalg.svdvals(near).max() < 1.25
-    for shape in ((4, 3, 3, 3), (64, 8), (8, 64)):
-        p = nn.Parameter(torch.ones(shape))
-        p.grad = torch.randn(shape, generator=dice)
-        nb.Muon([p], lr=0.1, weight_decay=0.0).step()
-        moved = (p.detach() - 1).flatten(1)
-        assert (moved * p.grad.flatten(1)).sum() < 0
-        assert 0.6 < torch.linalg.svdvals(moved).mean() / (0.1 * 0.2 * max(moved.shape) ** 0.5) < 1.25
+    ours = [nn.Parameter(torch.ones(shape)) for shape in ((4, 3, 3, 3), (64, 8), (8, 64))]
+    theirs = [nn.Parameter(p.detach().flatten(1).clone()) for p in ours]  # torch's takes matrices only, in bf16
+    optimizers = nb.Muon(ours, lr=0.1), torch.optim.Muon(theirs, 0.1, 0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=dice)
+            q.grad = p.grad.flatten(1)
+        optimizers[0].step()
+        optimizers[1].step()
+    assert all((p.flatten(1) - q).norm() < 0.03 * (q - 1).norm() for p, q in zip(ours, theirs))
 
 
 @pytest.mark.parametrize(("name", "count"), [("muon", 2), ("adamw", 1)])
@@ -251,6 +235,7 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(nb, tiny, monkeypatch,
     for part in ("network", "model"):
         theirs = getattr(whole, part).state_dict()
         assert all(torch.equal(value, theirs[name]) for name, value in getattr(resumed, part).state_dict().items())
+    assert resumed.scaler.state_dict() == whole.scaler.state_dict()
     assert [step for step, _ in resumed.milestones] == [step for step, _ in whole.milestones] == [0, 2, 5, 8]
 
 
@@ -283,18 +268,17 @@ def test_in_fp16_a_step_with_an_infinite_gradient_is_skipped_and_the_scale_falls
 
 
 # ---------------------------------------------------------------------------- checkpoints and weights
-@pytest.mark.parametrize(
-    ("what", "precision"), [("nan", "fp32"), ("inf", "fp32"), ("network", "fp32"), ("model", "fp16")]
-)
-def test_what_is_not_finite_stops_the_run_names_the_step_and_is_not_saved(nb, tiny, monkeypatch, what, precision):
+@pytest.mark.parametrize("what", ["nan", "inf", "network", "model"])  # a loss, or weights
+def test_what_is_not_finite_stops_the_run_names_the_step_and_is_not_saved(nb, tiny, monkeypatch, what):
     def spoil(run, loss):
         if run.step == 5 and what in ("network", "model"):
             nn.init.constant_(getattr(run, what).out.bias, math.nan)
         return loss * float(what) if run.step == 5 and what in ("nan", "inf") else None
 
     after_each_step(nb, monkeypatch, spoil)
+    config = nb.replace(tiny, precision="fp16" if what == "model" else "fp32")
     with pytest.raises(FloatingPointError, match="step 5: lower learning_rate"):
-        nb.train(nb.replace(tiny, precision=precision), images_of(nb), save_every=-1)
+        nb.train(config, images_of(nb), save_every=-1)
     assert torch.load(nb.checkpoint_path(tiny), weights_only=True)["step"] == 2
 
 
@@ -344,7 +328,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named_in_one_sentence(nb, tiny):
     assert "\n" not in str(caught.value) and path.stat().st_size == 1000  # the file is still the user's
 
 
-def test_weights_travel_with_their_story(nb, tiny, tmp_path):
+def test_weights_travel_with_their_story_and_compute_much_the_same_in_sixteen_bits(nb, tiny, tmp_path):
     model = awake(nb, tiny)
     path = tmp_path / "deep" / "w.safetensors"
     nb.save_weights(path, model, {"images_seen": 5, "data": "none"})
@@ -352,6 +336,10 @@ def test_weights_travel_with_their_story(nb, tiny, tmp_path):
     assert loaded.facts == {"images_seen": 5, "data": "none"} and loaded.config == tiny and not loaded.training
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-7)
+    args = torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 10])
+    for precision in ("bf16", "fp16"):
+        off = nb.load_weights(path, precision=precision)(*args) - loaded(*args)
+        assert off.dtype == torch.float32 and 0 < off.norm() / loaded(*args).norm() < 0.03
     assert path.stat().st_size < 2.2 * sum(p.numel() for p in model.parameters()) + 30_000
     other = tmp_path / "deep" / "other.safetensors"
     nb.save_file({"some.other.layer": torch.zeros(1)}, other, {"config": json.dumps(nb.asdict(tiny)), "facts": "{}"})
@@ -366,7 +354,6 @@ def test_compile_falls_back_when_there_is_no_compiler(nb, tiny, capsys, monkeypa
     def refuse(*_):
         raise RuntimeError("no compiler")
 
-    model = nb.UNet(tiny)
     monkeypatch.setattr(torch, "compile", lambda model: refuse)
-    assert nb.compiled(model, *nb.batch_at(0, images_of(nb), 2, 0)) is model
+    assert type(nb.compiled(nb.UNet(tiny), *nb.batch_at(0, images_of(nb), 2, 0))) is nb.UNet
     assert "torch.compile does not work here" in capsys.readouterr().out
