@@ -143,11 +143,104 @@ def readme() -> None:
     lines += [
         f"Source: {found['test noise MSE']['source']}. Everything is in [`assets/results.json`](assets/results.json)."
     ]
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- results -->")
-    after = rest.partition("<!-- end of results -->")[2]
-    made = "\n".join([f"{before}<!-- results -->", *lines, f"<!-- end of results -->{after}"])
+    put(ROOT / "README.md", "results", lines)
+    for name, table in TABLES.items():
+        files = sorted((ROOT / "benchmarks" / "results").glob(f"{name}*.json"))
+        rows = [row for file in files for row in table(json.loads(file.read_text()))]
+        if rows:
+            head = [rows[0], ["---"] * len(rows[0])]
+            body = [row for row in rows[1:] if row != rows[0]]
+            put(ROOT / "benchmarks" / "README.md", name, [f"| {' | '.join(map(str, row))} |" for row in (*head, *body)])
+
+
+def put(path: Path, name: str, lines: list[str]) -> None:
+    """Replace what stands between the marks of `name` in a Markdown file."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    after = rest.partition(f"<!-- end of {name} -->")[2]
+    made = "\n".join([f"{before}<!-- {name} -->", *lines, f"<!-- end of {name} -->{after}"])
     path.write_text(made, encoding="utf-8")
+
+
+# The tables of benchmarks/README.md: what a file of results/ becomes, its head first.
+def trial_rows(f):
+    yield "trial", "images seen", "KID", f"noise MSE at σ = {', '.join(map(str, f['mse at sigma']))}"
+    for name, row in f["trials"].items():
+        yield name, f"{row['images_seen']:,}", row["KID"], ", ".join(map(str, row.get("mse", [])))
+
+
+def on(f) -> str:
+    m = f["machine"]
+    return f"{m['device']}, {m['threads']} threads, {m['precision']}{', fast in bf16' * m['fast in bf16']}"
+
+
+def ratio(row) -> str:
+    return f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
+
+
+def step_rows(f):
+    yield "machine", "this edition", "first edition", "ratio"
+    rates = [f"{f['batch'] / arm['seconds']:.1f} images/s" for arm in f["arms"].values()]
+    yield on(f), *rates, ratio(f["arms"]["first edition"])
+
+
+def peer_rows(f):
+    yield "machine", "network", "GFLOP", "training, images/s", "slower in training", "a GFLOP", "evaluating", "sampling"
+    for name, net in f["networks"].items():
+        train, evaluate, sample = (f["tasks"][task][name] for task in ("train", "evaluate", "sample"))
+        rate = f"{train['images_per_second']:.1f} ({train['share_of_peak']:.0%} of peak)"
+        ratios = [ratio(train), f"{train['ratio_per_gflop']:.2f}", ratio(evaluate), ratio(sample)]
+        yield on(f), f"{name}, {net['million_parameters']:.1f} M", net["gflop"], rate, *ratios
+
+
+def growth_rows(f):
+    yield "cost against", "seconds", "exponent"
+    for name, row in f["growth"].items():
+        yield name, ", ".join(f"{n}: {s:.2f}" for n, s in row["seconds"].items()), row["exponent"]
+
+
+def profile_rows(f):
+    yield "machine", *f["shares"]
+    yield on(f), *[f"{share:.0%}" for share in f["shares"].values()]
+
+
+def scale_rows(f):
+    yield "machine", *[f"{name}" for name in f["images_per_second"]]
+    yield on(f), *[f"{rate:.1f} images/s" for rate in f["images_per_second"].values()]
+
+
+def classifier_rows(f):
+    yield "rounds", "labels", "evaluations", "accuracy", "95 %"
+    for place, arms in f["arms"].items():
+        for row in (arms["successive halving"], *arms["all labels"][1::3]):
+            labels = "halved" if row is arms["successive halving"] else "all"
+            yield place, labels, row["evaluations"], f"{row['value']:.1%}", interval(row, 100)
+
+
+def peer_classifier_rows(f):
+    yield "trained to classify", "parameters", "minutes", "accuracy", "95 %"
+    for name, row in f["peers"].items():
+        yield name, f"{row['parameters']:,}", row["minutes"], f"{row['value']:.1%}", interval(row, 100)
+
+
+def denoiser_rows(f):
+    sigmas = list(f["methods"]["noisy image"])
+    yield "PSNR in dB, SSIM", "images", *[f"σ = {s}" for s in sigmas]
+    for name, rows in f["methods"].items():
+        if len(rows) == len(sigmas):
+            images = {row["images"] for row in rows.values()}
+            yield name, *images, *[f"{rows[s]['PSNR']:.1f}, {rows[s]['SSIM']:.2f}" for s in sigmas]
+
+
+def race_rows(f):
+    yield "arm", "minutes", "images seen", "KID", "FD"
+    for name, arm in f["arms"].items():
+        distances = [f"{arm[d]['value']:.0f} ({interval(arm[d], digits=0)})" for d in ("KID", "FD")]
+        yield name, arm["minutes"], f"{arm['images_seen']:,}", *distances
+
+
+TABLES = {"trials": trial_rows, "step": step_rows, "peers": peer_rows, "growth": growth_rows, "profile": profile_rows}
+TABLES |= {"scale": scale_rows, "classifier-table": classifier_rows, "classifier-peers": peer_classifier_rows}
+TABLES |= {"denoisers": denoiser_rows, "race": race_rows, "recipe": race_rows}
 
 
 def remake() -> None:
@@ -218,7 +311,10 @@ def main() -> None:
     made = before | {"images_seen": run.images_seen, "steps": facts["steps"] + run.step, "data": images.source}
     made |= {
         "seconds": facts["seconds"] + round(run.seconds),
-        "plateau": plateau,
+        "plateau": [*facts.get("plateau", []), plateau],
+        "rate": f"{facts.get('rate', '')}; on at {args.rate:g}, and falling to 0 over the last {args.steps} steps".strip(
+            "; "
+        ),
         "fallen": slopes(nb, run.model, test),
     }
     made |= {"commit": commit, "torch": torch.__version__}

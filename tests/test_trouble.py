@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from conftest import images_of, paint
 from PIL import Image, PngImagePlugin
 
+resource = pytest.importorskip("resource", reason="Windows knows neither limits on files nor fork")
 TESTS = str(Path(__file__).parent)
 
 

@@ -1,0 +1,97 @@
+"""The denoiser against classical ones, each tuned on training images: PSNR and SSIM on test images.
+
+    python benchmarks/denoisers.py --images 500                 # goes on where it stopped
+    python benchmarks/denoisers.py --images 500 --only BM3D     # one method; BM3D takes an hour and more
+
+Every method gets the same noisy images, neither clipped nor rounded, and the true sigma.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import bm3d
+import numpy as np
+import torch
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import loader
+
+RESULTS = Path(__file__).resolve().parent / "results" / "denoisers.json"
+
+STRENGTHS = (0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0)
+
+
+def methods(nb, model, draws: int) -> dict:
+    """Name: (function of a batch, sigma and a strength, strengths to try, tuning images, test images at most)."""
+    some = {
+        "non-local means": lambda x, s, k: denoise_nl_means(x, 3, 5, k * s, sigma=s, channel_axis=2),
+        "total variation": lambda x, s, k: denoise_tv_chambolle(x, k * s, channel_axis=2),
+        "BM3D": lambda x, s, k: bm3d.bm3d_rgb(x, k * s),
+    }
+    found = {"noisy image": (lambda noisy, sigma, k: noisy, (), 0, 10**6)}
+    for name, filtered in some.items():
+        slow = name == "BM3D"
+        found[name] = (nb.classical(filtered), (0.8, 1.0, 1.2) if slow else STRENGTHS, 8 if slow else 24, 10**6)
+    dice = torch.Generator()
+    found["diffusion, one draw"] = (
+        lambda noisy, sigma, k: nb.denoise(model, noisy, sigma, draw_steps=10, generator=dice.manual_seed(0)),
+        (),
+        0,
+        draws,
+    )
+    found["diffusion, mean"] = (lambda noisy, sigma, k: nb.denoise(model, noisy, sigma), (), 0, 10**6)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default="assets/unet-cifar10.safetensors")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--draws", type=int, default=100, help="test images for draws, which take ten evaluations")
+    parser.add_argument("--only", default="", help="a method; the others are kept")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--data", default="data")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    nb = loader.load()
+    config = nb.make_config("cpu", device="cpu", data_dir=args.data, download=False)
+    model = nb.load_weights(args.weights)
+    test = nb.load_images(config, False).subset(args.images, seed=6)
+    tuning = nb.to_unit(nb.load_images(config, True).subset(24, seed=3).images)
+    sha = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:12]
+    facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"methods": {}}
+    if facts.get("weights") != sha:  # what does not depend on the weights is kept
+        facts["methods"] = {name: rows for name, rows in facts["methods"].items() if "diffusion" not in name}
+    facts |= {"weights": sha, "images_seen": model.facts["images_seen"], "source": test.source}
+    for name, (method, strengths, few, most) in methods(nb, model, args.draws).items():
+        rows = facts["methods"].setdefault(name, {})
+        x_0 = nb.to_unit(test.images[:most])
+        for s in nb.SIGMAS if args.only in name else ():
+            if rows.get(str(s), {}).get("images") == len(x_0):
+                continue
+            sigma = s / 127.5
+            noisy = x_0 + sigma * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(s))
+            x = tuning[:few]
+            noisy_x = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(1000 + s))
+            tried = [nb.quality(method(noisy_x, sigma, k), x)[0] for k in strengths]
+            best = strengths[int(np.argmax(tried))] if tried else None
+            start = time.perf_counter()
+            cleaned = torch.cat([method(part, sigma, best) for part in noisy.split(50)])
+            seconds = time.perf_counter() - start
+            psnr, ssim = nb.quality(cleaned, x_0)
+            rows[str(s)] = {"PSNR": round(psnr, 2), "SSIM": round(ssim, 4), "images": len(x_0)}
+            rows[str(s)] |= {"strength": best, "seconds": round(seconds, 1)}
+            text = json.dumps(facts, indent=1)
+            nb.write_whole(RESULTS, lambda part, text=text: part.write_text(text + "\n"))
+            print(
+                f"{name:20} sigma {s:3}: {psnr:.2f} dB, SSIM {ssim:.3f}, {len(x_0)} images, {seconds:.0f} s", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
