@@ -2,10 +2,11 @@
 
     python benchmarks/measure.py assets/unet-cifar10.safetensors --images 2000 --classify 400 --store
 
-FD and KID are in the features of an ImageNet EfficientNet-Lite0, not of the Inception network of the literature's FID
-(whose weights no package ships): compare them only with each other, at equal numbers of images. KID is unbiased, with
-the kernel (a b / 1280 + 1) ** 3, times 1000. Intervals are 95 %: Wilson's for accuracy, the jackknife over ten groups of
-images for the distances. What is drawn or classified is kept below runs/measure and taken up again after a stop.
+FD and KID are in the features of an ImageNet EfficientNet-Lite0: compare them only with each other, at equal numbers of
+images. KID is unbiased, with the kernel (a b / 1280 + 1) ** 3, times 1000. FID is the literature's, where torch-fidelity
+is installed and can load the weights of its Inception network. Intervals are 95 %: Wilson's for accuracy, the jackknife
+over ten groups of images for the distances. What is drawn or classified is kept below runs/measure and taken up again
+after a stop.
 --store writes the result into the file's own metadata.
 """
 
@@ -74,6 +75,20 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(1000 * (within - 2 * ab.mean()))
 
 
+def literature_fid(drawn: torch.Tensor, test: torch.Tensor):
+    """FID in the Inception features of the literature, or why it could not be computed."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        distance = FrechetInceptionDistance()  # loads its weights from GitHub
+        for images, real in ((drawn, False), (test, True)):
+            for part in images.split(100):
+                distance.update(part, real=real)
+        return round(distance.compute().item(), 2)
+    except Exception as error:
+        return f"not computed ({str(error).partition('.')[0]})"
+
+
 def with_interval(distance, a: np.ndarray, b: np.ndarray, groups: int = 10) -> dict:
     value = distance(a, b)
     part = np.arange(len(a)) % groups
@@ -132,6 +147,7 @@ def measure(nb, path: Path, args) -> dict:
             "guidance": args.guidance,
             "seconds": round(time.time() - start),
         }
+        found["FID"] = literature_fid(drawn, test.images)
         reference = features(test.images, args.device)
         ours = features(drawn, args.device)
         found["FD"] = with_interval(frechet, ours, reference)

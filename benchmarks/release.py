@@ -107,16 +107,21 @@ def readme() -> None:
         a = measured["accuracy"]
         text = f"{100 * a['value']:.1f} % ({interval(a, 100)})"
         rows.append(
-            ("classification accuracy", text, f"{a['images']:,} test images, {a['evaluations']} evaluations each")
+            (
+                "classification accuracy",
+                text,
+                f"{a['images']:,} test images, {a['evaluations']} evaluations each{', ' * ('how' in a)}{a.get('how', '')}",
+            )
         )
-    for name, what in (("FD", "Fréchet distance (EfficientNet-Lite0)"), ("KID", "kernel distance × 1000")):
+    for name, what, real in (
+        ("FD", "Fréchet distance (EfficientNet, not FID)", "real training images 46.1"),
+        ("KID", "kernel distance × 1000", "real training images 0"),
+    ):
         if name in measured:
             entry = measured[name]
             value = f"{entry['value']:g}" + (f" ({interval(entry)})" if "interval" in entry else "")
             drawn = measured["drawn"]
-            rows.append(
-                (what, value, f"{drawn['images']:,} images, {drawn['steps']} steps, guidance {drawn['guidance']:g}")
-            )
+            rows.append((what, value, f"{drawn['images']:,} images, guidance {drawn['guidance']:g}; {real}"))
     rows.append(
         (
             "test noise MSE",
@@ -128,7 +133,7 @@ def readme() -> None:
         entry = found["PSNR, diffusion, mean"]
         k = entry["sigma"].index(s)
         rival = max(found[f"PSNR, {name}"]["value"][k] for name in ("non-local means", "total variation"))
-        text = f"{entry['value'][k]:.1f} dB (best classical method {rival:.1f})"
+        text = f"{entry['value'][k]:.1f} dB (better of non-local means and total variation {rival:.1f})"
         rows.append((f"denoising, σ = {s} of 255", text, f"{entry['images']} test images"))
     speed = found["sampling, images/s"]
     rows.append(
