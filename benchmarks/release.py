@@ -115,7 +115,7 @@ def readme() -> None:
         )
     for name, what, real in (
         ("FD", "Fréchet distance (EfficientNet, not FID)", "real training images 46.1"),
-        ("KID", "kernel distance × 1000", "real training images 0"),
+        ("KID", "kernel distance × 1000", "0 for images of the same distribution"),
     ):
         if name in measured:
             entry = measured[name]

@@ -50,6 +50,7 @@ def lab(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     own = {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab"), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    own["OMP_NUM_THREADS"] = "1"  # the network is small, and the browser needs a core, too
     call = f"-m jupyter lab --no-browser --allow-root --port {port} --LabApp.expose_app_in_browser=True".split()
     log = open(tmp_path / "lab.log", "w")
     token = ["--IdentityProvider.token=", "--ServerApp.password="]
