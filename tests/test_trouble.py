@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import images_of, paint
 from PIL import Image, PngImagePlugin
+from test_notebook import run_script
 
 resource = pytest.importorskip("resource", reason="Windows knows neither limits on files nor fork")
 TESTS = str(Path(__file__).parent)
@@ -149,6 +150,13 @@ def test_few_images_odd_names_two_runs_and_every_cell_again_in_reverse_order(tmp
     assert "NaN" not in text and json.loads(text)["config"]["num_classes"] == 2
     assert Image.open(tmp_path / "runs" / "denoised.png").size == (5, 3)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_side_too_small_for_a_filter_is_refused_before_training(tmp_path):
+    paint(tmp_path / "mine", counts=(2, 1), size=(3, 9))
+    done = run_script(tmp_path, data_dir="mine", widths=[8])
+    assert "ValueError: images of (3, 9) pixels are too small: at least 4×4" in done.stderr
+    assert "step/s" not in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------- 7 run_dir
