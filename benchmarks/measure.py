@@ -123,13 +123,8 @@ def measure(nb, path: Path, args) -> dict:
     folder = Path(args.keep) / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     some = test.subset(500, seed=9).to(args.device)
     even = ((torch.arange(10) + 0.5) * model.config.T / 10).long()
-    found = {
-        "images_seen": model.facts["images_seen"],
-        "source": test.source,
-        "device": args.device,
-        "precision": args.precision,
-    }
-    found |= slopes(nb, model, some)
+    found = {"images_seen": model.facts["images_seen"], "source": test.source}
+    found |= {"device": args.device, "precision": args.precision} | slopes(nb, model, some)
     found["noise_mse"] = round(nb.noise_errors(model, some, even)[0].mean().item(), 5)
     if args.classify:
         images = test.subset(args.classify, seed=2).to(args.device)
@@ -141,16 +136,14 @@ def measure(nb, path: Path, args) -> dict:
     if args.images:
         start = time.time()
         drawn = draw(nb, model, args.images, args.steps, args.guidance, folder)
-        found["drawn"] = {
-            "images": len(drawn),
-            "steps": args.steps,
-            "guidance": args.guidance,
-            "seconds": round(time.time() - start),
-        }
+        found["drawn"] = {"images": len(drawn), "steps": args.steps, "guidance": args.guidance}
+        found["drawn"]["seconds"] = round(time.time() - start)
         found["FID"] = literature_fid(drawn, test.images)
         reference = features(test.images, args.device)
         ours = features(drawn, args.device)
         found["FD"] = with_interval(frechet, ours, reference)
+        real = nb.load_images(config, True).subset(args.images, seed=4).images
+        found["FD of real images"] = round(frechet(features(real, args.device), reference), 1)
         found["KID"] = with_interval(kernel_distance, ours, reference[:: len(reference) // 4000][:4000])
     return found
 
