@@ -116,7 +116,8 @@ def draw(nb, model, count: int, steps: int, guidance: float, folder: Path) -> to
     return torch.cat(parts)
 
 
-def measure(nb, path: Path, args) -> dict:
+def measure(nb, path: Path, args):
+    """What was found of the weights at `path`, and the images drawn (None without --images)."""
     model = nb.load_weights(path, args.device, args.precision)
     config = nb.make_config("cpu", device=args.device, data_dir=args.data, download=False)
     test = nb.load_images(config, False)
@@ -133,6 +134,7 @@ def measure(nb, path: Path, args) -> dict:
         interval = nb.binomtest(right, len(images)).proportion_ci(method="wilson")
         found["accuracy"] = {"value": right / len(images), "images": len(images), "evaluations": verdict.evaluations}
         found["accuracy"]["interval"] = [round(interval.low, 4), round(interval.high, 4)]
+    drawn = None
     if args.images:
         start = time.time()
         drawn = draw(nb, model, args.images, args.steps, args.guidance, folder)
@@ -145,7 +147,7 @@ def measure(nb, path: Path, args) -> dict:
         real = nb.load_images(config, True).subset(args.images, seed=4).images
         found["FD of real images"] = round(frechet(features(real, args.device), reference), 1)
         found["KID"] = with_interval(kernel_distance, ours, reference[:: len(reference) // 4000][:4000])
-    return found
+    return found, drawn
 
 
 def main() -> None:
@@ -165,10 +167,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     nb = loader.load()
     args.precision = args.precision or nb.precisions(args.device)[0]
-    found = measure(nb, args.weights, args)
+    found, drawn = measure(nb, args.weights, args)
     print(json.dumps(found, indent=1))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"measure-{found['images_seen']}.json").write_text(json.dumps(found, indent=1) + "\n")
+    name = f"measure-{found['images_seen']}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    if drawn is not None:
+        nb.Image.fromarray(nb.grid_of(nb.to_unit(drawn[:20]), 10)).save(RESULTS / f"{name}.png", optimize=True)
     if args.store:
         model = nb.load_weights(args.weights)
         nb.save_weights(args.weights, model, model.facts | {"measured": found})

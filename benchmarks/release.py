@@ -4,19 +4,23 @@ python benchmarks/release.py train --init FILE   # a plateau: from weights, or f
 python benchmarks/release.py train               # goes on from the checkpoint, as often as it is stopped
 python benchmarks/release.py fall --out FILE     # a branch: 200 steps with the rate falling to 0; the plateau stays
 python benchmarks/release.py standin             # assets/standin.png, drawn by the shipped weights
+python benchmarks/release.py progress            # assets/progress.png, from what measure.py has found
 python benchmarks/release.py all                 # executes the notebook, then assets, results.json and README
 """
 
 import argparse
 import json
+import operator
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbclient
 import nbformat
+import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -24,6 +28,7 @@ import loader
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SEEN = operator.itemgetter("images_seen")
 SIGMAS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -155,6 +160,32 @@ def readme() -> None:
             put(ROOT / "benchmarks" / "README.md", name, [f"| {' | '.join(map(str, row))} |" for row in (*head, *body)])
 
 
+def progress() -> None:
+    """assets/progress.png: what measure.py has found, against images seen, and images drawn from the same noise."""
+    stored = ROOT / "benchmarks" / "results"
+    points = sorted((json.loads(file.read_text()) | {"file": file} for file in stored.glob("measure-*.json")), key=SEEN)
+    points = [point for point in points if "KID" in point]
+    fig = plt.figure(figsize=(8.5, 2.4 + 1.75 * len(points)), layout="constrained", dpi=110)
+    curves, grids = fig.subfigures(2, 1, height_ratios=(2.4, 1.75 * len(points)))
+    for ax, name in zip(curves.subplots(1, 3), ("KID", "accuracy", "noise_mse")):
+        found = [(SEEN(point), point[name]) for point in points if name in point]
+        found = [(seen, entry if isinstance(entry, dict) else {"value": entry}) for seen, entry in found]
+        values = np.array([entry["value"] for _, entry in found])
+        ends = np.array([entry.get("interval", [entry["value"]] * 2) for _, entry in found]).reshape(-1, 2).T
+        ax.errorbar([seen for seen, _ in found], values, abs(ends - values), fmt="o-", ms=4, capsize=3)
+        ax.set(xlabel="images seen", xscale="log", title={"noise_mse": "test noise MSE"}.get(name, name))
+        ax.set_xticks(
+            [SEEN(point) for point in points], [f"{SEEN(point) / 1000:.0f}k" for point in points], minor=False
+        )
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    for ax, point in zip(np.atleast_1d(grids.subplots(len(points), 1)), points):
+        ax.imshow(plt.imread(point["file"].with_suffix(".png")), interpolation="none")
+        ax.set_title(f"{SEEN(point):,} images seen", fontsize=9, loc="left")
+        ax.axis("off")
+    fig.savefig(ROOT / "assets" / "progress.png", pil_kwargs={"optimize": True})
+
+
 def put(path: Path, name: str, lines: list[str]) -> None:
     """Replace what stands between the marks of `name` in a Markdown file."""
     before, _, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
@@ -262,7 +293,7 @@ def remake() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "fall", "standin", "all", "readme"))
+    parser.add_argument("what", choices=("train", "fall", "standin", "progress", "all", "readme"))
     parser.add_argument("--init")
     parser.add_argument("--out", default="runs/fallen.safetensors")
     parser.add_argument("--checkpoint", default="runs/plateau.pt")
@@ -275,8 +306,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.what in ("all", "readme"):
-        return remake() if args.what == "all" else readme()
+    if args.what in ("progress", "all", "readme"):
+        return {"progress": progress, "all": remake, "readme": readme}[args.what]()
     nb = loader.load()
     if args.what == "standin":
         return standin(nb)
