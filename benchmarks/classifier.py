@@ -3,9 +3,10 @@
     python benchmarks/classifier.py table --images 400      # errors under all labels, kept in parts; as often as stopped
     python benchmarks/classifier.py peers --minutes 20      # logistic regression and a small CNN, so long on this machine
 
-`table` compares two places for the rounds (one t with a pair +-eps, the same for all labels): those of the notebook, and
-uniform in t over the linear schedule of Ho et al., whose half lies above sigma = 3.4. From each table both ways are read:
-all labels to the end, and the notebook's successive halving, which looks its errors up.
+`table` compares places for the rounds (one t with a pair +-eps, the same for all labels): those of the notebook, evenly in
+log sigma; evenly in t from sigma 0.2 to 2; and evenly in t over the linear schedule of Ho et al., whose half lies above
+sigma = 3.4. From each table both ways are read: all labels to the end, and the notebook's successive halving, which looks
+its errors up.
 """
 
 import argparse
@@ -35,33 +36,35 @@ def share(right: np.ndarray) -> dict:
     return {"value": round(float(right.mean()), 4), "interval": [round(interval.low, 4), round(interval.high, 4)]}
 
 
-def uniform_steps(nb, config, count: int) -> list[int]:
-    """Steps of the config's schedule with the noise of steps that are uniform in the linear schedule's t."""
-    linear = nb.linear_schedule(1000)
+def places(nb, config, count: int) -> dict:
+    """The steps of the rounds: the notebook's, and two that are evenly in t, `count` of them over the linear schedule."""
+    alpha_bar = nb.make_schedule(config)
     number = (0.5 + 0.6180339887498949 * torch.arange(count, dtype=torch.float64)) % 1
+    low, high = nb.step_of((0.2, 2.0), alpha_bar)
+    linear = nb.linear_schedule(1000)
     sigma = ((1 - linear) / linear).sqrt()[(number * 1000).long()]
-    return nb.step_of(sigma, nb.make_schedule(config)).round().long().tolist()
+    return {
+        "the notebook's rounds": nb.round_steps(config, nb.ROUNDS).tolist(),
+        "evenly in t, σ 0.2 to 2": (low + number[: nb.ROUNDS] * (high - low)).round().long().tolist(),
+        "evenly in the linear t": nb.step_of(sigma, alpha_bar).round().long().tolist(),
+    }
 
 
-def tables(nb, model, images, folder: Path, places: dict) -> dict:
-    """Errors (N, rounds, labels) for every place of the rounds, kept in parts below `folder`."""
-    found = {name: [] for name in places}
+def errors_of(nb, model, images, folder: Path, steps: list) -> torch.Tensor:
+    """Errors (N, rounds, labels) of rounds at `steps`, kept in parts below `folder`."""
+    found = []
     start = time.monotonic()
+    key = hashlib.sha256(str(steps).encode()).hexdigest()[:8]
     for k in range(0, len(images), PART):
-        file = folder / f"{k}.npz"
+        file = folder / f"{key}-{k}.npy"
         if not file.exists():
             x_0 = nb.to_unit(images.images[k : k + PART])
             labels = torch.arange(model.config.num_classes, device=x_0.device).expand(len(x_0), -1)
-            made = {}
-            for name, steps in places.items():
-                errors = [nb.label_errors(model, x_0, labels, t, r) for r, t in enumerate(steps)]
-                made[name] = torch.stack(errors, 1).cpu().numpy()
-            nb.write_whole(file, lambda part, made=made: np.savez(open(part, "wb"), **made))
-            print(f"{k + PART} images, {time.monotonic() - start:.0f} s", flush=True)
-        stored = np.load(file)
-        for name in places:
-            found[name].append(stored[name])
-    return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
+            made = torch.stack([nb.label_errors(model, x_0, labels, t, r) for r, t in enumerate(steps)], 1)
+            nb.write_whole(file, lambda part, made=made: np.save(open(part, "wb"), made.cpu().numpy()))
+            print(f"{key}: {k + PART} images, {time.monotonic() - start:.0f} s", flush=True)
+        found.append(np.load(file))
+    return torch.from_numpy(np.concatenate(found))
 
 
 def table(nb, args) -> dict:
@@ -69,11 +72,11 @@ def table(nb, args) -> dict:
     test = nb.load_images(nb.make_config("cpu", device=args.device, data_dir=args.data, download=False), False)
     images = test.subset(args.images, seed=2).to(args.device)
     sha = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:12]
-    places = {
-        "the notebook's rounds": nb.round_steps(model.config, nb.ROUNDS).tolist(),
-        "uniform in the linear t": uniform_steps(nb, model.config, args.rounds),
+    folder = Path(args.keep) / sha
+    found = {
+        name: errors_of(nb, model, images, folder, steps)
+        for name, steps in places(nb, model.config, args.rounds).items()
     }
-    found = tables(nb, model, images, Path(args.keep) / sha, places)
     truth = images.labels.cpu()
     k = model.config.num_classes
     arms = {}
@@ -87,7 +90,7 @@ def table(nb, args) -> dict:
             whole.append(share(right.numpy()) | {"evaluations": 2 * k * rounds})
         arms[name] = {"successive halving": halved, "all labels": whole}
     ours = arms["the notebook's rounds"]["successive halving"]
-    rivals = arms["uniform in the linear t"]["all labels"]
+    rivals = arms["evenly in the linear t"]["all labels"]
     equal = next((r["evaluations"] for r in rivals if r["value"] >= ours["value"]), None)
     return {
         "images": len(images),
@@ -95,7 +98,7 @@ def table(nb, args) -> dict:
         "source": test.source,
         "weights": sha,
         "arms": arms,
-        "uniform needs": equal or f"more than {rivals[-1]['evaluations']}",
+        "linear t needs": equal or f"more than {rivals[-1]['evaluations']}",
     }
 
 

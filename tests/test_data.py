@@ -251,3 +251,14 @@ def test_a_subset_is_fixed_by_its_seed_and_first_of_each_passes_over_a_class_wit
     assert a == b != c and len(set(a)) == 10 and len(images.subset(0)) == len(images.subset(99)) == 30
     some = nb.replace(images.subset(5), labels=torch.tensor([2, 0, 2, 0, 0]))
     assert nb.first_of_each(some, 2).tolist() == [1, 3, 0, 2]
+
+
+def test_of_a_folder_only_as_many_files_are_decoded_as_are_used(nb, tiny, tmp_path, monkeypatch):
+    config = nb.replace(tiny, data_dir=str(paint(tmp_path)), train_images=20)
+    read = []
+    original = nb.read_picture
+    monkeypatch.setattr(nb, "read_picture", lambda file: read.append(file) or original(file))
+    images = nb.load_images(config, True)
+    assert len(images) == len(read) == 20 and len({*images.labels.tolist()}) > 1
+    whole = {image.numpy().tobytes() for image in nb.load_images(nb.replace(config, train_images=0), True).images}
+    assert len({image.numpy().tobytes() for image in images.images} & whole) == 20
