@@ -122,15 +122,15 @@ def readme() -> None:
         a = measured["accuracy"]
         text = f"{a['images']:,} test images, {a['evaluations']} evaluations each"
         rows.append(("classification accuracy", f"{100 * a['value']:.1f} % ({interval(a, 100)})", text))
-    real = measured.get("FD of real images", "not measured")
+    real = measured.get("FD of real images")
     for name, what, best in (
-        ("FD", "Fréchet distance (EfficientNet, not FID)", f"real training images {real}"),
-        ("KID", "kernel distance × 1000", "0 for images of the same distribution"),
+        ("FD", "Fréchet distance (EfficientNet, not FID)", f"; real training images {real}" * bool(real)),
+        ("KID", "kernel distance × 1000", "; 0 for images of the same distribution"),
     ):
         if name in measured:
             entry, drawn = measured[name], measured["drawn"]
             value = f"{entry['value']:g}" + (f" ({interval(entry)})" if "interval" in entry else "")
-            rows.append((what, value, f"{drawn['images']:,} images, guidance {drawn['guidance']:g}; {best}"))
+            rows.append((what, value, f"{drawn['images']:,} images, guidance {drawn['guidance']:g}{best}"))
     entry = found["test noise MSE"]
     rows.append(("test noise MSE", f"{entry['value']:.4f}", f"{entry['images']} test images"))
     entry = found["PSNR, diffusion, mean"]
@@ -244,7 +244,7 @@ def scale_rows(f):
 def classifier_rows(f):
     yield "rounds", "labels", "evaluations", "accuracy", "95 %"
     for place, arms in f["arms"].items():
-        for row in (arms["successive halving"], *arms["all labels"][1::3]):
+        for row in (arms["successive halving"], *arms["all labels"][4::5]):
             labels = "halved" if row is arms["successive halving"] else "all"
             yield place, labels, row["evaluations"], f"{row['value']:.1%}", interval(row, 100)
 
