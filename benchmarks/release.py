@@ -108,15 +108,10 @@ def readme() -> None:
     measured = dict(facts.get("measured", {}))
     if (stored / f"measure-{seen}.json").exists():
         measured |= json.loads((stored / f"measure-{seen}.json").read_text())
-    table = (
-        json.loads((stored / "classifier-table.json").read_text())
-        if (stored / "classifier-table.json").exists()
-        else {}
-    )
-    if table.get("images_seen") == seen:
-        measured["accuracy"] = table["arms"]["the notebook's rounds"]["successive halving"] | {
-            "images": table["images"]
-        }
+    table = json.loads((stored / "classifier-table.json").read_text())
+    if table["images_seen"] == seen:
+        halved = table["arms"]["the notebook's rounds"]["successive halving"]
+        measured["accuracy"] = halved | {"images": table["images"]}
     rows = []
     if "accuracy" in measured:
         a = measured["accuracy"]
@@ -145,10 +140,8 @@ def readme() -> None:
     text = f"{speed['setting']}, {results['config']['device']}, {results['config']['precision']}"
     rows.append(("sampling", f"{speed['value']:.1f} images/s", text))
     source = found["test noise MSE"]["source"]
-    lines = [
-        f"The shipped weights saw {seen:,} images. Measured on {source}, 95 % intervals in brackets. Everything is"
-    ]
-    lines += ["in [`assets/results.json`](assets/results.json).", ""]
+    lines = [f"The shipped weights saw {seen:,} images. 95 % intervals in brackets; everything is in"]
+    lines += [f"[`assets/results.json`](assets/results.json). Source: {source}.", ""]
     lines += ["| measure | value | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     put(ROOT / "README.md", "results", lines)
     for name, table in TABLES.items():
@@ -174,9 +167,7 @@ def progress() -> None:
         ends = np.array([entry.get("interval", [entry["value"]] * 2) for _, entry in found]).reshape(-1, 2).T
         ax.errorbar([seen for seen, _ in found], values, abs(ends - values), fmt="o-", ms=4, capsize=3)
         ax.set(xlabel="images seen", xscale="log", title={"noise_mse": "test noise MSE"}.get(name, name))
-        ax.set_xticks(
-            [SEEN(point) for point in points], [f"{SEEN(point) / 1000:.0f}k" for point in points], minor=False
-        )
+        ax.set_xticks([SEEN(point) for point in points], [f"{SEEN(point) / 1000:.0f}k" for point in points])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     for ax, point in zip(np.atleast_1d(grids.subplots(len(points), 1)), points):
@@ -281,10 +272,8 @@ def remake() -> None:
     path = ROOT / "DiffusionModel.ipynb"
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(ROOT)}}
-    client = nbclient.NotebookClient(
-        notebook, timeout=None, kernel_name="python3", coalesce_streams=True, resources=where
-    )
-    client.execute()
+    options = dict(timeout=None, kernel_name="python3", coalesce_streams=True, resources=where)
+    nbclient.NotebookClient(notebook, **options).execute()
     nbformat.write(notebook, path)
     for name in ("figures/reverse.gif", "figures/generated-classes.png", "results.json"):
         shutil.copy(ROOT / "runs" / name, ROOT / "assets")
