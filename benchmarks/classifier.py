@@ -9,10 +9,7 @@ sigma = 3.4. From each table both ways are read: all labels to the end, and the 
 its errors up.
 """
 
-import argparse
 import hashlib
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -20,20 +17,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.stats import binomtest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import loader
-
-ROOT = Path(__file__).resolve().parent.parent
+from release import images_of, keep, loader, options, share
 
 PART = 4
-
-
-def share(right: np.ndarray) -> dict:
-    """Accuracy and its 95 % interval (Wilson) from right answers."""
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    return {"value": round(float(right.mean()), 4), "interval": [round(interval.low, 4), round(interval.high, 4)]}
 
 
 def places(nb, config, count: int) -> dict:
@@ -69,18 +55,15 @@ def errors_of(nb, model, images, folder: Path, steps: list) -> torch.Tensor:
 
 def table(nb, args) -> dict:
     model = nb.load_weights(args.weights, args.device)
-    test = nb.load_images(nb.make_config("cpu", device=args.device, data_dir=args.data, download=False), False)
+    test = images_of(nb, args, False)
     images = test.subset(args.images, seed=2).to(args.device)
     sha = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:12]
     folder = Path(args.keep) / sha
-    found = {
-        name: errors_of(nb, model, images, folder, steps)
-        for name, steps in places(nb, model.config, args.rounds).items()
-    }
     truth = images.labels.cpu()
     k = model.config.num_classes
     arms = {}
-    for name, errors in found.items():
+    for name, steps in places(nb, model.config, args.rounds).items():
+        errors = errors_of(nb, model, images, folder, steps)
         every = torch.arange(k).expand(len(errors), -1)
         verdict = nb.successive_halving(lambda labels, r, e=errors: e[:, r].gather(1, labels), every)
         halved = share((verdict.labels == truth).numpy()) | {"evaluations": verdict.evaluations}
@@ -102,18 +85,15 @@ def table(nb, args) -> dict:
     }
 
 
-class SmallCNN(nn.Sequential):
+def small_cnn(classes: int) -> nn.Module:
     """Six convolutions with batch norm, 0.7 M parameters."""
-
-    def __init__(self, classes: int):
-        layers = []
-        c = 3
-        for width in (64, 128, 192):
-            for _ in range(2):
-                layers += [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-                c = width
-            layers.append(nn.MaxPool2d(2))
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
+    layers = []
+    for c_in, width in ((3, 64), (64, 128), (128, 192)):
+        for c in (c_in, width):
+            layers += [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers.append(nn.MaxPool2d(2))
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
+    return net.to(memory_format=torch.channels_last)
 
 
 def fit(nb, net, train, minutes: float, rate: float, size: int = 128) -> int:
@@ -136,11 +116,10 @@ def fit(nb, net, train, minutes: float, rate: float, size: int = 128) -> int:
 
 def peers(nb, args) -> dict:
     torch.manual_seed(0)
-    config = nb.make_config("cpu", device=args.device, data_dir=args.data, download=False)
-    train, test = (nb.load_images(config, part).to(args.device) for part in (True, False))
+    train, test = (images_of(nb, args, part).to(args.device) for part in (True, False))
     nets = {
         "logistic regression": (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), min(2, args.minutes), 1e-3),
-        "small CNN": (SmallCNN(10).to(memory_format=torch.channels_last), args.minutes, 5e-3),
+        "small CNN": (small_cnn(10), args.minutes, 5e-3),
     }
     found = {}
     for name, (net, minutes, rate) in nets.items():
@@ -156,22 +135,9 @@ def peers(nb, args) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "peers"))
-    parser.add_argument("--weights", default="assets/unet-cifar10.safetensors")
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds uniform in the linear t")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--keep", default="runs/classifier")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    found = {"table": table, "peers": peers}[args.what](loader.load(), args)
-    path = ROOT / "benchmarks" / "results" / f"classifier-{args.what}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    plan = dict(weights="assets/unet-cifar10.safetensors", images=400, rounds=15, minutes=20.0, keep="runs/classifier")
+    args = options(__doc__, "what", ("table", "peers"), **plan)
+    keep(f"classifier-{args.what}", {"table": table, "peers": peers}[args.what](loader.load(), args))
 
 
 if __name__ == "__main__":

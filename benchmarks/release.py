@@ -1,7 +1,7 @@
 """Train the shipped weights, and make everything anew that shows them.
 
-python benchmarks/release.py train --init FILE   # a plateau: from weights, or from nothing without --init
-python benchmarks/release.py train               # goes on from the checkpoint, as often as it is stopped
+python benchmarks/release.py train --init FILE   # a plateau in runs/plateau: from weights, or from nothing without --init
+python benchmarks/release.py train               # goes on from its checkpoint, as often as it is stopped (Ctrl-C)
 python benchmarks/release.py fall --out FILE     # a branch: 200 steps with the rate falling to 0; the plateau stays
 python benchmarks/release.py standin             # assets/standin.png, drawn by the shipped weights
 python benchmarks/release.py progress            # assets/progress.png, from what measure.py has found
@@ -14,7 +14,6 @@ import operator
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,52 +21,102 @@ import nbclient
 import nbformat
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import loader
 
 ROOT = Path(__file__).resolve().parent.parent
-
+RESULTS = ROOT / "benchmarks" / "results"
 SEEN = operator.itemgetter("images_seen")
 SIGMAS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+def options(doc: str, what: str = "", choices=None, /, **defaults):
+    """The command line of a script: what to do, options with their defaults, and three that all scripts have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if what:
+        parser.add_argument(what, choices=choices)
+    every = {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "data": "data",
+    }
+    for name, default in (defaults | every).items():
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+        else:
+            parser.add_argument(f"--{name}", default=default, type=type(default) if default is not None else str)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
 
 
-def open_run(nb, args, images):
-    """The run in the checkpoint, or a new one from --init or from nothing; its facts tell what it has seen."""
-    path = Path(args.checkpoint)
-    config = nb.make_config("gpu", batch_size=args.batch, learning_rate=args.rate, device=args.device)
-    config = nb.replace(config, warmup=20, cooldown=0.0, ema_half_life=200, data_dir=args.data)
-    if path.exists():
-        run = nb.load_checkpoint(path, config)
-        run.config = nb.replace(run.config, learning_rate=args.rate, seed=run.images_seen)
-        facts = json.loads(path.with_suffix(".json").read_text())
-    else:
-        init = nb.load_weights(args.init) if args.init else None
-        facts = init.facts if init else {"images_seen": 0, "steps": 0, "seconds": 0}
-        run = nb.new_run(nb.replace(config, seed=facts["images_seen"]), init)
-        run.images_seen = facts["images_seen"]
-    run.source = images.source
-    return run, facts
+def images_of(nb, args, train: bool):
+    """The training or test images in --data."""
+    return nb.load_images(nb.make_config("cpu", device="cpu", data_dir=args.data, download=False), train)
 
 
-def advance(nb, run, images, alpha_bar, until: int, seconds: float, stop) -> None:
-    """Train to step `until`, for `seconds`, or until the stop button."""
-    start = begun = time.monotonic()
-    before = run.seconds
-    while run.step < until and time.monotonic() - start < seconds and not stop:
-        c = run.config
-        x_0, y = nb.batch_at(run.step, images, c.batch_size, c.seed, c.flip)
-        run.losses.append(nb.train_step(run, x_0, y, alpha_bar).item())
-        run.seconds = before + time.monotonic() - start
-        if time.monotonic() - begun > 300:
-            begun = time.monotonic()
-            loss = sum(run.losses[-50:]) / len(run.losses[-50:])
-            say(f"step {run.step}, {run.images_seen:,} images, loss {loss:.5f}")
-            yield
+def share(right) -> dict:
+    """The accuracy of right answers, with its 95 % interval (Wilson)."""
+    count = int(np.sum(right))
+    interval = binomtest(count, len(right)).proportion_ci(method="wilson")
+    return {"value": round(count / len(right), 4), "interval": [round(interval.low, 4), round(interval.high, 4)]}
+
+
+def keep(name: str, found: dict) -> None:
+    """Write and print a result."""
+    text = json.dumps(found, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    print(text)
+
+
+def plateau(nb, args):
+    """Settings that train the gpu preset's network at a constant rate, and what the weights it began from had seen."""
+    config = nb.make_config("gpu", device=args.device, batch_size=args.batch, learning_rate=args.rate, run_dir=args.run)
+    config = nb.replace(config, warmup=20, cooldown=0.0, ema_half_life=200, train_steps=10**9)
+    story = Path(args.run) / "facts.json"
+    if not nb.checkpoint_path(config).exists():
+        facts = nb.load_weights(args.init).facts if args.init else {"images_seen": 0, "steps": 0, "seconds": 0}
+        nb.write_whole(story, lambda part: part.write_text(json.dumps(facts)))
+    facts = json.loads(story.read_text())
+    return nb.replace(config, seed=facts["images_seen"]), facts
+
+
+def train(nb, args) -> None:
+    config, _ = plateau(nb, args)
+    path = nb.checkpoint_path(config)
+    init = nb.load_weights(args.init) if args.init and not path.exists() else None
+    run = nb.train(config, images_of(nb, args, True).to(args.device), init=init, resume=path.exists())
+    nb.save_checkpoint(path, run)
+
+
+def fall(nb, args) -> None:
+    config, facts = plateau(nb, args)
+    path = nb.checkpoint_path(config)
+    run = nb.load_checkpoint(path, config)
+    test = images_of(nb, args, False).subset(500, seed=9).to(args.device)
+    until = run.step + args.steps
+    before = {"images_seen": facts["images_seen"] + run.images_seen, "learning_rate": args.rate}
+    before |= slopes(nb, run.model, test)
+    branch = nb.replace(config, run_dir=f"{args.run}/fall-{run.step}", train_steps=until, cooldown=args.steps / until)
+    branch = nb.replace(branch, ema_half_life=30)
+    if not nb.checkpoint_path(branch).exists():
+        nb.write_whole(nb.checkpoint_path(branch), lambda part: shutil.copy(path, part))
+    images = images_of(nb, args, True)
+    run = nb.train(branch, images.to(args.device), resume=True)
+    nb.save_checkpoint(nb.checkpoint_path(branch), run)
+    if run.step == until:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        rate = f"{facts.get('rate', '')}; on at {args.rate:g}, and falling to 0 over the last {args.steps} steps"
+        made = facts | {"data": images.source, "rate": rate.strip("; "), "steps": facts["steps"] + run.step}
+        made |= {
+            "images_seen": facts["images_seen"] + run.images_seen,
+            "seconds": facts["seconds"] + round(run.seconds),
+        }
+        made |= {"plateau": [*facts.get("plateau", []), before], "fallen": slopes(nb, run.model, test)}
+        nb.save_weights(args.out, run.model, made | {"commit": commit.stdout.strip(), "torch": torch.__version__})
+        print(f"{args.out}: {made}")
 
 
 def slopes(nb, model, images) -> dict:
@@ -82,7 +131,7 @@ def slopes(nb, model, images) -> dict:
     }
 
 
-def standin(nb, columns: int = 36) -> None:
+def standin(nb, args, columns: int = 36) -> None:
     """A sheet of drawn images, a row for every class."""
     model = nb.load_weights(ROOT / "assets" / "unet-cifar10.safetensors")
     dice = torch.Generator().manual_seed(0)
@@ -90,7 +139,6 @@ def standin(nb, columns: int = 36) -> None:
     for k in range(10):
         x_0 = nb.sample(model, torch.full((columns,), k), 20, guidance_scale=3.0, generator=dice)
         rows.append(nb.to_uint8(x_0).permute(2, 0, 3, 1).reshape(32, -1, 3))
-        say(f"class {k}")
     sheet = nb.Image.fromarray(torch.cat(rows).numpy())
     nb.write_whole(ROOT / "assets" / "standin.png", lambda part: sheet.save(part, format="PNG", optimize=True))
 
@@ -104,11 +152,11 @@ def readme() -> None:
     """README's table, from results.json and what `measure.py` has stored in the weights."""
     results = json.loads((ROOT / "assets" / "results.json").read_text(encoding="utf-8"))
     facts, found = results["training"], results["results"]
-    seen, stored = facts["images_seen"], ROOT / "benchmarks" / "results"
+    seen = facts["images_seen"]
     measured = dict(facts.get("measured", {}))
-    if (stored / f"measure-{seen}.json").exists():
-        measured |= json.loads((stored / f"measure-{seen}.json").read_text())
-    table = json.loads((stored / "classifier-table.json").read_text())
+    if (RESULTS / f"measure-{seen}.json").exists():
+        measured |= json.loads((RESULTS / f"measure-{seen}.json").read_text())
+    table = json.loads((RESULTS / "classifier-table.json").read_text())
     if table["images_seen"] == seen:
         halved = table["arms"]["the notebook's rounds"]["successive halving"]
         measured["accuracy"] = halved | {"images": table["images"]}
@@ -145,7 +193,7 @@ def readme() -> None:
     lines += ["| measure | value | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     put(ROOT / "README.md", "results", lines)
     for name, table in TABLES.items():
-        files = sorted(stored.glob(f"{name}*.json"))
+        files = sorted(RESULTS.glob(f"{name}*.json"))
         rows = [row for file in files for row in table(json.loads(file.read_text()))]
         if rows:
             head = [rows[0], ["---"] * len(rows[0])]
@@ -155,8 +203,9 @@ def readme() -> None:
 
 def progress() -> None:
     """assets/progress.png: what measure.py has found, against images seen, and images drawn from the same noise."""
-    stored = ROOT / "benchmarks" / "results"
-    points = sorted((json.loads(file.read_text()) | {"file": file} for file in stored.glob("measure-*.json")), key=SEEN)
+    points = sorted(
+        (json.loads(file.read_text()) | {"file": file} for file in RESULTS.glob("measure-*.json")), key=SEEN
+    )
     points = [point for point in points if "KID" in point]
     fig = plt.figure(figsize=(8.5, 2.4 + 1.75 * len(points)), layout="constrained", dpi=110)
     curves, grids = fig.subfigures(2, 1, height_ratios=(2.4, 1.75 * len(points)))
@@ -199,12 +248,6 @@ def on(f) -> str:
 
 def ratio(row) -> str:
     return f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
-
-
-def step_rows(f):
-    yield "machine", "this edition", "first edition", "ratio"
-    rates = [f"{f['batch'] / arm['seconds']:.1f} images/s" for arm in f["arms"].values()]
-    yield on(f), *rates, ratio(f["arms"]["first edition"])
 
 
 def peer_rows(f):
@@ -262,7 +305,7 @@ def race_rows(f):
         yield name, arm["minutes"], f"{arm['images_seen']:,}", *distances
 
 
-TABLES = {"trials": trial_rows, "step": step_rows, "peers": peer_rows, "growth": growth_rows, "profile": profile_rows}
+TABLES = {"trials": trial_rows, "peers": peer_rows, "growth": growth_rows, "profile": profile_rows}
 TABLES |= {"scale": scale_rows, "classifier-table": classifier_rows, "classifier-peers": peer_classifier_rows}
 TABLES |= {"denoisers": denoiser_rows, "race": race_rows, "recipe": race_rows}
 
@@ -281,60 +324,14 @@ def remake() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "fall", "standin", "progress", "all", "readme"))
-    parser.add_argument("--init")
-    parser.add_argument("--out", default="runs/fallen.safetensors")
-    parser.add_argument("--checkpoint", default="runs/plateau.pt")
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.what in ("progress", "all", "readme"):
-        return {"progress": progress, "all": remake, "readme": readme}[args.what]()
-    nb = loader.load()
-    if args.what == "standin":
-        return standin(nb)
-    config = nb.make_config("gpu", data_dir=args.data, device=args.device, download=False)
-    images = nb.load_images(config, True).to(config.device)
-    run, facts = open_run(nb, args, images)
-    alpha_bar = nb.make_schedule(run.config)
-    if config.device == "cuda":
-        alpha_bar = alpha_bar.cuda()
-        run.forward = nb.compiled(run.network, *nb.batch_at(0, images, args.batch, 0))
-    before = facts | {"images_seen": run.images_seen, "steps": facts["steps"] + run.step}
-    path = Path(args.checkpoint)
-    with nb.stop_button() as stop:
-        if args.what == "train":
-            for _ in advance(nb, run, images, alpha_bar, 10**9, args.minutes * 60 or 1e9, stop):
-                nb.save_checkpoint(path, run)
-                nb.write_whole(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(facts)))
-            nb.save_checkpoint(path, run)
-            nb.write_whole(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(facts)))
-            say(f"stopped at step {run.step}, {run.images_seen:,} images")
-            return
-        test = nb.load_images(config, False).subset(500, seed=9).to(config.device)
-        plateau = slopes(nb, run.model, test)
-        plateau |= {"images_seen": run.images_seen, "learning_rate": run.config.learning_rate}
-        say(f"plateau {plateau}")
-        until = run.step + args.steps
-        run.config = nb.replace(run.config, train_steps=until, cooldown=args.steps / until, ema_half_life=30)
-        for _ in advance(nb, run, images, alpha_bar, until, 1e9, stop):
-            pass
-    call = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(call, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    made = before | {"images_seen": run.images_seen, "steps": facts["steps"] + run.step, "data": images.source}
-    rate = f"{facts.get('rate', '')}; on at {args.rate:g}, and falling to 0 over the last {args.steps} steps"
-    made |= {"seconds": facts["seconds"] + round(run.seconds), "rate": rate.strip("; ")}
-    made |= {"plateau": [*facts.get("plateau", []), plateau], "fallen": slopes(nb, run.model, test)}
-    made |= {"commit": commit, "torch": torch.__version__}
-    nb.save_weights(args.out, run.model, made)
-    say(f"{args.out}: {made}")
+    alone = {"progress": progress, "all": remake, "readme": readme}
+    with_notebook = {"train": train, "fall": fall, "standin": standin}
+    plan = dict(init="", run="runs/plateau", rate=2e-3, batch=128, steps=200, out="runs/fallen.safetensors")
+    args = options(__doc__, "what", (*with_notebook, *alone), **plan)
+    if args.what in alone:
+        alone[args.what]()
+    else:
+        with_notebook[args.what](loader.load(), args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Speed, as ratios within one run: what is compared takes turns, and medians over the rounds are quoted.
 
-python benchmarks/speed.py step --threads 1      # a training step: this and the first edition's
 python benchmarks/speed.py peers                 # training, sampling, evaluating: against diffusers and denoising-diffusion-pytorch
 python benchmarks/speed.py growth                # cost against batch, width, image side, steps and images
 python benchmarks/speed.py profile               # where the time of a training step goes
@@ -9,7 +8,6 @@ python benchmarks/speed.py race --arm notebook   # equal time, one arm a call (A
 python benchmarks/speed.py recipe --arm adamw    # the recipe's parts in the same way (PARTS)
 """
 
-import argparse
 import functools
 import json
 import os
@@ -17,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,25 +22,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from release import RESULTS, ROOT, images_of, keep, loader, options
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import loader
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-FIRST_EDITION = "1fbe517"
 CLASSES = 10
-
-
-def first_edition():
-    """The first edition's definitions, from git."""
-    path = ROOT / "runs" / "first-edition.ipynb"
-    path.parent.mkdir(exist_ok=True)
-    show = ["git", "show", f"{FIRST_EDITION}:DiffusionModel.ipynb"]
-    path.write_bytes(subprocess.run(show, cwd=ROOT, check=True, capture_output=True).stdout)
-    return loader.load(path, "first_edition")
 
 
 def trainer(nb, device: str, precision: str, batch: int, **settings):
@@ -62,20 +44,8 @@ def trainer(nb, device: str, precision: str, batch: int, **settings):
 
 
 # ------------------------------------------------------------------------- the peers, as libraries and as tutorials
-@dataclass
-class Peer:
-    """A peer's network, its answer eps_hat to (x_t, t, y), the loss it trains on, and its schedule."""
-
-    net: nn.Module
-    eps: callable
-    loss: callable
-    alpha_bar: torch.Tensor
-    optimizer: torch.optim.Optimizer
-    average: callable  # takes a step of the moving average
-    averaged: callable  # puts it in place of the weights
-    sampler: callable = None  # (batch, steps): its own
-
-
+# A peer: its network, its answer eps(x_t, t, y), the loss(x_0, y) it trains on, its schedule and optimizer, average()
+# for a step of its moving average, averaged() that puts it in place of the weights, its own sampler(batch, steps).
 def switches(net, args, switched: bool):
     """The net with the notebook's switches or as it is, and the context in which it computes."""
     cast = functools.partial(torch.autocast, args.device, torch.bfloat16, enabled=switched and args.precision == "bf16")
@@ -103,7 +73,7 @@ def course() -> dict:
     return shape | dict(down_block_types=down, up_block_types=up)
 
 
-def diffusers_peer(args, shape: dict, switched: bool) -> Peer:
+def diffusers_peer(args, shape: dict, switched: bool) -> SimpleNamespace:
     import diffusers
     from diffusers.training_utils import EMAModel
 
@@ -131,13 +101,13 @@ def diffusers_peer(args, shape: dict, switched: bool) -> Peer:
             x = solver.step(eps(x, t, y), t, x).prev_sample
         return x
 
-    optimizer = torch.optim.AdamW(net.parameters(), lr=4e-4)
-    average = functools.partial(ema.step, net.parameters())
-    averaged = functools.partial(ema.copy_to, net.parameters())
-    return Peer(net, eps, loss, scheduler.alphas_cumprod.double(), optimizer, average, averaged, sampler)
+    made = dict(net=net, eps=eps, loss=loss, alpha_bar=scheduler.alphas_cumprod.double(), sampler=sampler)
+    made |= dict(optimizer=torch.optim.AdamW(net.parameters(), lr=4e-4))
+    made |= dict(average=functools.partial(ema.step, net.parameters()))
+    return SimpleNamespace(averaged=functools.partial(ema.copy_to, net.parameters()), **made)
 
 
-def lucidrains_peer(args, shape: dict, switched: bool) -> Peer:
+def lucidrains_peer(args, shape: dict, switched: bool) -> SimpleNamespace:
     """denoising-diffusion-pytorch with the settings of its Trainer; it has no classes."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
@@ -164,15 +134,12 @@ def lucidrains_peer(args, shape: dict, switched: bool) -> Peer:
         with cast():
             return diffusion.sample(batch)
 
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
-
-    def averaged():
-        return diffusion.load_state_dict(ema.ema_model.state_dict())
-
-    return Peer(diffusion.model, eps, loss, alpha_bar, optimizer, ema.update, averaged, sampler)
+    made = dict(net=diffusion.model, eps=eps, loss=loss, alpha_bar=alpha_bar, sampler=sampler, average=ema.update)
+    made |= dict(optimizer=torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99)))
+    return SimpleNamespace(averaged=lambda: diffusion.load_state_dict(ema.ema_model.state_dict()), **made)
 
 
-def update(peer: Peer, batches) -> None:
+def update(peer, batches) -> None:
     """One step of the peer's training on one batch, or on several whose gradients are added."""
     for x_0, y in batches:
         (peer.loss(x_0, y) / len(batches)).backward()
@@ -182,57 +149,36 @@ def update(peer: Peer, batches) -> None:
     peer.average()
 
 
-@dataclass
-class Tasks:
-    """What is timed."""
-
-    net: nn.Module
-    forward: callable
-    train: callable
-    evaluate: callable
-    sample: callable
-
-
-def notebook_tasks(nb, args) -> Tasks:
-    work, run = trainer(nb, args.device, args.precision, args.batch)
-    x = torch.randn(args.batch, 3, 32, 32, device=args.device)
-    y = torch.arange(args.batch, device=args.device) % CLASSES
-    t = torch.full_like(y, 500)
-
-    def forward():
-        return run.model(x, t, y)
-
-    return Tasks(
-        run.model, forward, work, torch.inference_mode()(forward), lambda: nb.sample(run.model, y[: args.draws])
-    )
-
-
-def peer_tasks(nb, args, make) -> Tasks:
-    peer = make(args)
+def tasks(nb, args, peer=None) -> SimpleNamespace:
+    """What is timed of the notebook or of a peer: a training step, an evaluation, and drawing with 20 steps."""
     x = torch.rand(args.batch, 3, 32, 32, device=args.device) * 2 - 1
     y = torch.arange(args.batch, device=args.device) % CLASSES
     t = torch.full_like(y, 500)
+    if peer:
+        make, *how = peer
+        made = make(args, *how)
+        net, eps = made.net, made.eps
+        train = functools.partial(update, made, [(x, y)])
+        sample = functools.partial(made.sampler, args.draws, 20)
+    else:
+        train, run = trainer(nb, args.device, args.precision, args.batch)
+        net = eps = run.model
+        sample = functools.partial(nb.sample, net, y[: args.draws])
 
-    def forward():
-        return peer.eps(x, t, y)
+    @torch.inference_mode()
+    def evaluate():
+        return eps(x, t, y)
 
-    evaluate = torch.inference_mode()(forward)
-    return Tasks(peer.net, forward, lambda: update(peer, [(x, y)]), evaluate, lambda: peer.sampler(args.draws, 20))
+    return SimpleNamespace(net=net, train=train, evaluate=evaluate, sample=sample)
 
 
 LIKE_OURS = dict(dim=56, dim_mults=(1, 2, 2))  # of about the notebook's GFLOP
 PEERS = {
-    "notebook": notebook_tasks,
-    "diffusers": functools.partial(peer_tasks, make=lambda args: diffusers_peer(args, same_shape(), False)),
-    "diffusers, same switches": functools.partial(
-        peer_tasks, make=lambda args: diffusers_peer(args, same_shape(), True)
-    ),
-    "denoising-diffusion-pytorch": functools.partial(
-        peer_tasks, make=lambda args: lucidrains_peer(args, LIKE_OURS, False)
-    ),
-    "denoising-diffusion-pytorch, same switches": functools.partial(
-        peer_tasks, make=lambda args: lucidrains_peer(args, LIKE_OURS, True)
-    ),
+    "notebook": None,
+    "diffusers": (diffusers_peer, same_shape(), False),
+    "diffusers, same switches": (diffusers_peer, same_shape(), True),
+    "denoising-diffusion-pytorch": (lucidrains_peer, LIKE_OURS, False),
+    "denoising-diffusion-pytorch, same switches": (lucidrains_peer, LIKE_OURS, True),
 }
 
 
@@ -246,7 +192,7 @@ def ticks(minutes: float):
         step += 1
 
 
-def race_notebook(nb, args, images, prepare=None, guidance=2.0, **settings):
+def train_notebook(nb, args, images, prepare=None, **settings):
     """The notebook's recipe, its rate falling to 0 over the second half of the time."""
     settings = {"batch_size": args.batch, "warmup": 50, "ema_half_life": 30, **settings}
     run = nb.new_run(nb.make_config("gpu", device=args.device, precision=args.precision, **settings))
@@ -260,22 +206,23 @@ def race_notebook(nb, args, images, prepare=None, guidance=2.0, **settings):
         length = max(step + 1, round(step / share)) if share > 0.02 else 10**6
         run.config = nb.replace(run.config, train_steps=length)
         nb.train_step(run, *nb.batch_at(step, images, args.batch, 0), alpha_bar)
-    return run.model, alpha_bar.cpu(), {"images_seen": run.images_seen, "guidance": guidance}
+    return run.model, alpha_bar.cpu(), run.images_seen
 
 
-def race_peer(nb, args, images, make, batch: int = 0, accumulate: int = 1, guidance=2.0):
-    peer = make(args)
+def train_peer(nb, args, images, peer, batch: int = 0, accumulate: int = 1):
+    make, *how = peer
+    made = make(args, *how)
     size = batch or args.batch
     for step, _ in ticks(args.minutes):
         batches = [nb.batch_at(accumulate * step + k, images, size, 0) for k in range(accumulate)]
-        update(peer, batches)
-    peer.averaged()
+        update(made, batches)
+    made.averaged()
 
     def eps(x_t, t, y):
-        return peer.eps(x_t, t, y)
+        return made.eps(x_t, t, y)
 
     eps.config = SimpleNamespace(num_classes=CLASSES)
-    return eps, peer.alpha_bar.cpu(), {"images_seen": (step + 1) * size * accumulate, "guidance": guidance}
+    return eps, made.alpha_bar.cpu(), (step + 1) * size * accumulate
 
 
 def group_norm(nb, run) -> None:
@@ -290,29 +237,23 @@ def group_norm(nb, run) -> None:
 
 
 README = dict(dim=64, dim_mults=(1, 2, 4, 8))
+README_BATCH = dict(batch=32, accumulate=2)
 ARMS = {
-    "notebook": race_notebook,
-    "diffusers, course": functools.partial(
-        race_peer, make=lambda args: diffusers_peer(args, course(), False), batch=64
-    ),
-    "denoising-diffusion-pytorch, README": functools.partial(
-        race_peer, make=lambda args: lucidrains_peer(args, README, False), batch=32, accumulate=2, guidance=1
-    ),
-    "diffusers, every switch": functools.partial(race_peer, make=lambda args: diffusers_peer(args, same_shape(), True)),
-    "notebook, no guidance": functools.partial(race_notebook, guidance=1),
+    "notebook": dict(guidance=(1, 2)),
+    "diffusers, course": dict(peer=(diffusers_peer, course(), False), batch=64),
+    "denoising-diffusion-pytorch, README": dict(peer=(lucidrains_peer, README, False), guidance=(1,), **README_BATCH),
+    "diffusers, every switch": dict(peer=(diffusers_peer, same_shape(), True)),
 }
-small = functools.partial(race_notebook, widths=(32, 64, 128))
+SMALL = dict(widths=(32, 64, 128))
 PARTS = {
-    "recipe": small,
-    "adamw": functools.partial(small, optimizer="adamw", learning_rate=2e-3),
-    "linear": functools.partial(small, schedule="linear"),
-    "groupnorm": functools.partial(small, prepare=group_norm),
+    "recipe": SMALL,
+    "adamw": SMALL | dict(optimizer="adamw", learning_rate=2e-3),
+    "linear": SMALL | dict(schedule="linear"),
+    "groupnorm": SMALL | dict(prepare=group_norm),
 }
 
 
 # -------------------------------------------------------------------------------------------------- measuring
-
-
 def interleaved(arms: dict, rounds: int) -> dict:
     """Seconds of every call of every arm, taking turns, after one call each to warm up."""
     seconds = {name: [] for name in arms}
@@ -349,30 +290,16 @@ def peak(device: str, precision: str, batch: int) -> float:
     return best
 
 
-def gigaflop(forward, batch: int) -> float:
-    with FlopCounterMode(display=False) as count, torch.no_grad():
-        forward()
-    return count.get_total_flops() / batch / 1e9
-
-
-def step(nb, args) -> dict:
-    arms = {
-        "second edition": trainer(nb, args.device, args.precision, args.batch)[0],
-        "first edition": trainer(first_edition(), args.device, args.precision, args.batch)[0],
-    }
-    return {"arms": against(interleaved(arms, args.rounds), "second edition")}
-
-
 def peers(nb, args) -> dict:
     found = {"peak_gflops": round(peak(args.device, args.precision, args.batch), 1), "tasks": {}}
-    made = {name: make(nb, args) for name, make in PEERS.items()}
-    found["networks"] = {
-        name: {
-            "million_parameters": round(sum(p.numel() for p in arm.net.parameters()) / 1e6, 2),
-            "gflop": round(gigaflop(arm.forward, args.batch), 2),
-        }
-        for name, arm in made.items()
-    }
+    made = {name: tasks(nb, args, peer) for name, peer in PEERS.items()}
+    found["networks"] = {}
+    for name, arm in made.items():
+        size = round(sum(p.numel() for p in arm.net.parameters()) / 1e6, 2)
+        with FlopCounterMode(display=False) as count:
+            arm.evaluate()
+        gflop = round(count.get_total_flops() / args.batch / 1e9, 2)
+        found["networks"][name] = {"million_parameters": size, "gflop": gflop}
     for task, images in (("train", args.batch), ("evaluate", args.batch), ("sample", args.draws)):
         times = against(interleaved({name: getattr(arm, task) for name, arm in made.items()}, args.rounds), "notebook")
         for name, row in times.items():
@@ -380,17 +307,11 @@ def peers(nb, args) -> dict:
             passes = {"train": 3, "evaluate": 1, "sample": 20}[task]
             row["gflops"] = round(passes * found["networks"][name]["gflop"] * images / row["seconds"], 1)
             row["share_of_peak"] = round(row["gflops"] / found["peak_gflops"], 2)
-            row["ratio_per_gflop"] = round(
-                row["ratio"] * found["networks"]["notebook"]["gflop"] / found["networks"][name]["gflop"], 3
-            )
+            share = found["networks"]["notebook"]["gflop"] / found["networks"][name]["gflop"]
+            row["ratio_per_gflop"] = round(row["ratio"] * share, 3)
         found["tasks"][task] = times
         print(task, json.dumps(times, indent=1), flush=True)
     return found
-
-
-def slope(points: dict) -> float:
-    """The exponent of y ~ x ** exponent, fitted to {x: y}."""
-    return round(float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]), 2)
 
 
 def growth(nb, args) -> dict:
@@ -410,7 +331,8 @@ def growth(nb, args) -> dict:
     for name, arms in axes.items():
         seconds = interleaved(arms, args.rounds)
         points = {n: round(statistics.median(times), 4) for n, times in seconds.items()}
-        found[name] = {"seconds": points, "exponent": slope(points)}
+        fitted = np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)
+        found[name] = {"seconds": points, "exponent": round(float(fitted[0]), 2)}
         print(name, found[name], flush=True)
     nb.plt.rcParams["figure.constrained_layout.use"] = True
     fig, axes = nb.plt.subplots(1, len(found), figsize=(12, 2.6))
@@ -421,8 +343,7 @@ def growth(nb, args) -> dict:
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
-    path = ROOT / "benchmarks" / "results" / "growth.png"
-    nb.write_whole(path, lambda part: fig.savefig(part, format="png", dpi=90))
+    fig.savefig(RESULTS / "growth.png", dpi=90)
     return {"growth": found}
 
 
@@ -454,15 +375,11 @@ def profile(nb, args) -> dict:
 
 def rate(nb, args) -> None:
     """Images a second of `args.rounds` training steps on all launched processes, printed by the first."""
-    config = nb.make_config("gpu", device=args.device, precision=args.precision, batch_size=args.batch)
-    run = nb.new_run(config)
-    x_0 = torch.rand(args.batch, 3, 32, 32) * 2 - 1
-    y = torch.arange(args.batch) % 10
-    alpha_bar = nb.make_schedule(config)
-    nb.train_step(run, x_0, y, alpha_bar)
+    work, run = trainer(nb, args.device, args.precision, args.batch)
+    work()
     start = time.perf_counter()
     for _ in range(args.rounds):
-        nb.train_step(run, x_0, y, alpha_bar)
+        work()
     if run.accelerator.is_main_process:
         print(f"rate {args.batch * args.rounds / (time.perf_counter() - start):.3f}")
     run.accelerator.end_training()
@@ -472,13 +389,9 @@ def scale(nb, args) -> dict:
     """Each process has one thread, so that two of them have twice the cores of one."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     rates = {}
-    for name, processes, batch in (
-        ("1", 1, args.batch),
-        ("2, same batch", 2, args.batch),
-        ("2, twice", 2, 2 * args.batch),
-    ):
+    for name, processes, times in (("1", 1, 1), ("2, same batch", 2, 1), ("2, twice", 2, 2)):
         call = f"-m torch.distributed.run --standalone --nproc-per-node {processes} {__file__} rate --threads 1".split()
-        call += f"--batch {batch} --rounds {args.rounds} --precision {args.precision} --device cpu".split()
+        call += f"--batch {times * args.batch} --rounds {args.rounds} --precision {args.precision} --device cpu".split()
         done = subprocess.run([sys.executable, *call], env=environment, capture_output=True, text=True)
         rates[name] = float(done.stdout.split("rate ")[1].split()[0])
         print(name, rates[name], flush=True)
@@ -486,39 +399,52 @@ def scale(nb, args) -> dict:
     return {"images_per_second": rates, "gradient_bytes": gradient}
 
 
+def draw(nb, args, eps, alpha_bar, guidance: float) -> np.ndarray:
+    """uint8 images from the same noise for every arm, with 20 steps of the notebook's DPM-Solver++."""
+    y = (torch.arange(args.draws) % CLASSES).to(args.device)
+    parts = []
+    for k, part in enumerate(y.split(50)):
+        x_T = torch.randn(len(part), 3, 32, 32, generator=torch.Generator().manual_seed(k)).to(args.device)
+        with torch.inference_mode():
+            t = nb.timesteps(alpha_bar, 20)
+            x_0 = nb.solve(eps, x_T, part, t, alpha_bar, 0.0, 2, guidance, (0.3, 3))
+        parts.append(nb.to_uint8(x_0).cpu().numpy())
+        print(f"{(k + 1) * 50} drawn", flush=True)
+    return np.concatenate(parts)
+
+
 def equal_time(nb, args, arms: dict, name: str) -> dict:
     """Train one arm for the same minutes, draw from it, and compare what every finished arm has drawn."""
     from measure import features, frechet, kernel_distance, save_array, with_interval
 
     folder = Path(args.keep) / name
-    test = nb.load_images(nb.make_config("cpu", device=args.device, data_dir=args.data, download=False), False)
+    folder.mkdir(parents=True, exist_ok=True)
     if args.arm:
-        images = nb.load_images(nb.make_config("cpu", data_dir=args.data, device=args.device, download=False), True)
+        images = images_of(nb, args, True).to(args.device)
+        settings = {"guidance": (2,), **arms[args.arm]}
+        guidances = settings.pop("guidance")
+        train = train_peer if "peer" in settings else train_notebook
         start = time.monotonic()
-        eps, alpha_bar, facts = arms[args.arm](nb, args, images.to(args.device))
-        facts |= {"minutes": round((time.monotonic() - start) / 60, 1), "machine": machine(args)}
-        y = (torch.arange(args.draws) % 10).to(args.device)
-        parts = []
-        for k, part in enumerate(y.split(50)):
-            x_T = torch.randn(len(part), 3, 32, 32, generator=torch.Generator().manual_seed(k)).to(args.device)
-            with torch.inference_mode():
-                t = nb.timesteps(alpha_bar, 20)
-                x_0 = nb.solve(eps, x_T, part, t, alpha_bar, 0.0, 2, facts.get("guidance", 1), (0.3, 3))
-            parts.append(nb.to_uint8(x_0).cpu().numpy())
-            print(f"{(k + 1) * 50} drawn", flush=True)
-        nb.write_whole(folder / f"{args.arm}.npy", functools.partial(save_array, np.concatenate(parts)))
-        nb.write_whole(folder / f"{args.arm}.json", lambda part: part.write_text(json.dumps(facts)))
-    reference = features(test.images, args.device)
+        eps, alpha_bar, seen = train(nb, args, images, **settings)
+        facts = {"images_seen": seen, "minutes": round((time.monotonic() - start) / 60, 1), "machine": machine(args)}
+        if args.arm == "notebook":  # to be measured as one of the points of release.py progress
+            nb.save_weights(folder / "notebook.safetensors", eps, facts)
+        for guidance in guidances:
+            drawn = draw(nb, args, eps, alpha_bar, guidance)
+            key = f"{args.arm}, guidance {guidance}"
+            nb.write_whole(folder / f"{key}.npy", functools.partial(save_array, drawn))
+            (folder / f"{key}.json").write_text(json.dumps(facts))
+    reference = features(images_of(nb, args, False).images, args.device)
     found, rows = {}, []
-    for arm in (arm for arm in arms if (folder / f"{arm}.json").exists()):
-        drawn = torch.from_numpy(np.load(folder / f"{arm}.npy"))
+    for file in sorted(folder.glob("*.npy"), key=lambda file: list(arms).index(file.stem.rpartition(",")[0])):
+        drawn = torch.from_numpy(np.load(file))
         ours = features(drawn, args.device)
-        found[arm] = json.loads((folder / f"{arm}.json").read_text()) | {"images": len(drawn)}
-        found[arm]["KID"] = with_interval(kernel_distance, ours, reference[::2][:4000])
-        found[arm]["FD"] = with_interval(frechet, ours, reference)
+        found[file.stem] = json.loads(file.with_suffix(".json").read_text()) | {"images": len(drawn)}
+        found[file.stem]["KID"] = with_interval(kernel_distance, ours, reference[::2][:4000])
+        found[file.stem]["FD"] = with_interval(frechet, ours, reference)
         rows.append(drawn[:40].permute(2, 0, 3, 1).reshape(32, -1, 3))
-    sheet = nb.Image.fromarray(torch.cat(rows).numpy()).resize((40 * 64, len(rows) * 64), nb.Image.Resampling.NEAREST)
-    nb.write_whole(ROOT / "benchmarks" / "results" / f"{name}.png", lambda part: sheet.save(part, "PNG"))
+    sheet = nb.Image.fromarray(torch.cat(rows).numpy())
+    sheet.resize((2 * sheet.width, 2 * sheet.height), nb.Image.Resampling.NEAREST).save(RESULTS / f"{name}.png")
     return {"arms": found}
 
 
@@ -536,35 +462,20 @@ def machine(args) -> dict:
     return facts | {"fast in bf16": fast, "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
 
 
-TASKS = {"step": step, "peers": peers, "growth": growth, "profile": profile, "scale": scale}
+TASKS = {"peers": peers, "growth": growth, "profile": profile, "scale": scale}
 TASKS |= {"race": functools.partial(equal_time, arms=ARMS, name="race")}
 TASKS |= {"recipe": functools.partial(equal_time, arms=PARTS, name="recipe")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*TASKS, "rate"))
-    parser.add_argument("--name", default="", help="of the results file, for one more machine")
-    parser.add_argument("--arm", default="")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--draws", type=int, default=1000, help="images drawn by an arm of a race; peers: by a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default=None)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--keep", default="runs/equal-time")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    plan = dict(name="", arm="", minutes=20.0, batch=64, draws=1000, rounds=5, precision=None, keep="runs/equal-time")
+    args = options(__doc__, "what", (*TASKS, "rate"), **plan)
     nb = loader.load()
     args.precision = args.precision or nb.precisions(args.device)[0]
     if args.what == "rate":
         return rate(nb, args)
     measured = TASKS[args.what](nb, args) | {"batch": args.batch, "rounds": args.rounds, "machine": machine(args)}
-    path = ROOT / "benchmarks" / "results" / f"{args.what}{args.name and '-'}{args.name}.json"
-    path.write_text(json.dumps(measured, indent=1) + "\n")
-    print(json.dumps(measured, indent=1))
+    keep(f"{args.what}{args.name and '-'}{args.name}", measured)
 
 
 if __name__ == "__main__":
