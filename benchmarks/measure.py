@@ -82,7 +82,7 @@ def literature_fid(drawn: torch.Tensor, test: torch.Tensor):
 
 def with_interval(distance, a: np.ndarray, b: np.ndarray, groups: int = 10) -> dict:
     value = distance(a, b)
-    part = np.arange(len(a)) % groups
+    part = np.arange(len(a)) * groups // len(a)  # of all classes each
     left_out = np.array([distance(a[part != g], b) for g in range(groups)])
     half = 1.96 * np.sqrt((groups - 1) / groups * ((left_out - left_out.mean()) ** 2).sum())
     return {"value": round(value, 2), "interval": [round(value - half, 2), round(value + half, 2)]}

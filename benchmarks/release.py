@@ -10,7 +10,6 @@ python benchmarks/release.py all                 # executes the notebook, then a
 
 import argparse
 import json
-import operator
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,6 @@ import loader
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SEEN = operator.itemgetter("images_seen")
 SIGMAS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -80,6 +78,7 @@ def plateau(nb, args):
         facts = nb.load_weights(args.init).facts if args.init else {"images_seen": 0, "steps": 0, "seconds": 0}
         nb.write_whole(story, lambda part: part.write_text(json.dumps(facts)))
     facts = json.loads(story.read_text())
+    facts.pop("measured", None)  # of the weights it began from
     return nb.replace(config, seed=facts["images_seen"]), facts
 
 
@@ -172,7 +171,7 @@ def readme() -> None:
     ):
         if name in measured:
             entry, drawn = measured[name], measured["drawn"]
-            value = f"{entry['value']:g}" + (f" ({interval(entry)})" if "interval" in entry else "")
+            value = f"{entry['value']:.1f}" + (f" ({interval(entry)})" if "interval" in entry else "")
             rows.append((what, value, f"{drawn['images']:,} images, guidance {drawn['guidance']:g}{best}"))
     entry = found["test noise MSE"]
     rows.append(("test noise MSE", f"{entry['value']:.4f}", f"{entry['images']} test images"))
@@ -193,7 +192,7 @@ def readme() -> None:
     lines += ["| measure | value | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     put(ROOT / "README.md", "results", lines)
     for name, table in TABLES.items():
-        files = sorted(RESULTS.glob(f"{name}*.json"))
+        files = sorted(RESULTS.glob(f"{name}*.json"), key=lambda file: (len(file.stem), file.stem))  # 2 before 10
         rows = [row for file in files for row in table(json.loads(file.read_text()))]
         if rows:
             head = [rows[0], ["---"] * len(rows[0])]
@@ -203,25 +202,23 @@ def readme() -> None:
 
 def progress() -> None:
     """assets/progress.png: what measure.py has found, against images seen, and images drawn from the same noise."""
-    points = sorted(
-        (json.loads(file.read_text()) | {"file": file} for file in RESULTS.glob("measure-*.json")), key=SEEN
-    )
-    points = [point for point in points if "KID" in point]
+    found = [json.loads(file.read_text()) | {"file": file} for file in RESULTS.glob("measure-*.json")]
+    points = {point["images_seen"]: point for point in sorted(found, key=lambda point: point["images_seen"])}
     fig = plt.figure(figsize=(8.5, 2.4 + 1.75 * len(points)), layout="constrained", dpi=110)
     curves, grids = fig.subfigures(2, 1, height_ratios=(2.4, 1.75 * len(points)))
     for ax, name in zip(curves.subplots(1, 3), ("KID", "accuracy", "noise_mse")):
-        found = [(SEEN(point), point[name]) for point in points if name in point]
-        found = [(seen, entry if isinstance(entry, dict) else {"value": entry}) for seen, entry in found]
-        values = np.array([entry["value"] for _, entry in found])
-        ends = np.array([entry.get("interval", [entry["value"]] * 2) for _, entry in found]).reshape(-1, 2).T
-        ax.errorbar([seen for seen, _ in found], values, abs(ends - values), fmt="o-", ms=4, capsize=3)
+        some = {seen: point[name] for seen, point in points.items() if name in point}
+        some = {seen: entry if isinstance(entry, dict) else {"value": entry} for seen, entry in some.items()}
+        values = np.array([entry["value"] for entry in some.values()])
+        ends = np.array([entry.get("interval", [entry["value"]] * 2) for entry in some.values()]).reshape(-1, 2).T
+        ax.errorbar(list(some), values, abs(ends - values), fmt="o-", ms=4, capsize=3)
         ax.set(xlabel="images seen", xscale="log", title={"noise_mse": "test noise MSE"}.get(name, name))
-        ax.set_xticks([SEEN(point) for point in points], [f"{SEEN(point) / 1000:.0f}k" for point in points])
+        ax.set_xticks(list(points), [f"{seen / 1000:.0f}k" for seen in points])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    for ax, point in zip(np.atleast_1d(grids.subplots(len(points), 1)), points):
+    for ax, (seen, point) in zip(np.atleast_1d(grids.subplots(len(points), 1)), points.items()):
         ax.imshow(plt.imread(point["file"].with_suffix(".png")), interpolation="none")
-        ax.set_title(f"{SEEN(point):,} images seen", fontsize=9, loc="left")
+        ax.set_title(f"{seen:,} images seen", fontsize=9, loc="left")
         ax.axis("off")
     fig.savefig(ROOT / "assets" / "progress.png", pil_kwargs={"optimize": True})
 
@@ -260,7 +257,7 @@ def peer_rows(f):
 
 
 def growth_rows(f):
-    yield "cost against", "seconds", "exponent"
+    yield f"{on(f)}: cost against", "seconds", "exponent"
     for name, row in f["growth"].items():
         yield name, ", ".join(f"{n}: {s:.2f}" for n, s in row["seconds"].items()), row["exponent"]
 
@@ -298,6 +295,15 @@ def denoiser_rows(f):
             yield name, *images, *[f"{rows[s]['PSNR']:.1f}, {rows[s]['SSIM']:.2f}" for s in sigmas]
 
 
+def measure_rows(f):
+    yield "images seen", "noise MSE", "slope, least and greatest", "accuracy, %", "FD", "KID", "images drawn"
+    a = f.get("accuracy")
+    accuracy = f"{100 * a['value']:.1f} ({interval(a, 100)}) of {a['images']:,}" if a else ""
+    slope = f"{min(f['slope']):.3f}, {max(f['slope']):.3f}"
+    distances = [f"{f[name]['value']:.1f} ({interval(f[name])})" for name in ("FD", "KID")]
+    yield f"{f['images_seen']:,}", f["noise_mse"], slope, accuracy, *distances, f"{f['drawn']['images']:,}"
+
+
 def race_rows(f):
     yield "arm", "minutes", "images seen", "KID", "FD"
     for name, arm in f["arms"].items():
@@ -307,7 +313,7 @@ def race_rows(f):
 
 TABLES = {"trials": trial_rows, "peers": peer_rows, "growth": growth_rows, "profile": profile_rows}
 TABLES |= {"scale": scale_rows, "classifier-table": classifier_rows, "classifier-peers": peer_classifier_rows}
-TABLES |= {"denoisers": denoiser_rows, "race": race_rows, "recipe": race_rows}
+TABLES |= {"denoisers": denoiser_rows, "measure": measure_rows, "race": race_rows, "recipe": race_rows}
 
 
 def remake() -> None:
