@@ -215,7 +215,6 @@ def progress() -> None:
         ax.set(xlabel="images seen", xscale="log", title={"noise_mse": "test noise MSE"}.get(name, name))
         ax.set(yscale="log" if name == "KID" else "linear")
         ax.set_xticks([1e4, 1e5, 1e6], ["10k", "100k", "1M"])
-        ax.minorticks_off()
         ax.grid(alpha=0.3)
     for ax, (seen, point) in zip(np.atleast_1d(grids.subplots(len(points), 1)), points.items()):
         ax.imshow(plt.imread(point["file"].with_suffix(".png")), interpolation="none")
