@@ -35,11 +35,7 @@ def options(doc: str, what: str = "", choices=None, /, **defaults):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if what:
         parser.add_argument(what, choices=choices)
-    every = {
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "data": "data",
-    }
+    every = dict(device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads(), data="data")
     for name, default in (defaults | every).items():
         if default is False:
             parser.add_argument(f"--{name}", action="store_true")
@@ -123,11 +119,8 @@ def slopes(nb, model, images) -> dict:
     sigma = (1 / nb.make_schedule(model.config) - 1).sqrt()
     t = torch.stack([(sigma - s).abs().argmin() for s in SIGMAS])
     mse, slope = nb.noise_errors(model, images, t)
-    return {
-        "sigma": SIGMAS,
-        "slope": [round(v, 4) for v in slope.tolist()],
-        "mse": [round(v, 5) for v in mse.mean(1).tolist()],
-    }
+    found = {"sigma": SIGMAS, "slope": [round(v, 4) for v in slope.tolist()]}
+    return found | {"mse": [round(v, 5) for v in mse.mean(1).tolist()]}
 
 
 def standin(nb, args, columns: int = 36) -> None:
@@ -187,8 +180,8 @@ def readme() -> None:
     text = f"{speed['setting']}, {results['config']['device']}, {results['config']['precision']}"
     rows.append(("sampling", f"{speed['value']:.1f} images/s", text))
     source = found["test noise MSE"]["source"]
-    lines = [f"The shipped weights saw {seen:,} images. 95 % intervals in brackets; everything is in"]
-    lines += [f"[`assets/results.json`](assets/results.json). Source: {source}.", ""]
+    lines = [f"The shipped weights saw {seen:,} images. 95 % intervals in brackets. The first three rows are"]
+    lines += [f"`benchmarks/`'s, the others the notebook's (`assets/results.json`). Source: {source}.", ""]
     lines += ["| measure | value | |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     put(ROOT / "README.md", "results", lines)
     for name, table in TABLES.items():
@@ -256,12 +249,6 @@ def peer_rows(f):
         yield on(f), f"{name}, {net['million_parameters']:.1f} M", net["gflop"], rate, *ratios
 
 
-def growth_rows(f):
-    yield f"{on(f)}: cost against", "seconds", "exponent"
-    for name, row in f["growth"].items():
-        yield name, ", ".join(f"{n}: {s:.2f}" for n, s in row["seconds"].items()), row["exponent"]
-
-
 def profile_rows(f):
     yield "machine", *f["shares"]
     yield on(f), *[f"{share:.0%}" for share in f["shares"].values()]
@@ -290,9 +277,8 @@ def denoiser_rows(f):
     sigmas = list(f["methods"]["noisy image"])
     yield "PSNR in dB, SSIM", "images", *[f"σ = {s}" for s in sigmas]
     for name, rows in f["methods"].items():
-        if len(rows) == len(sigmas):
-            images = {row["images"] for row in rows.values()}
-            yield name, *images, *[f"{rows[s]['PSNR']:.1f}, {rows[s]['SSIM']:.2f}" for s in sigmas]
+        cells = [f"{rows[s]['PSNR']:.1f}, {rows[s]['SSIM']:.2f}" if s in rows else "" for s in sigmas]
+        yield name, *{row["images"] for row in rows.values()}, *cells
 
 
 def measure_rows(f):
@@ -305,13 +291,15 @@ def measure_rows(f):
 
 
 def race_rows(f):
-    yield "arm", "minutes", "images seen", "KID", "FD"
+    first = next(iter(f["arms"].values()))
+    setting = f"{first['minutes']:g} minutes on {on(first)}; {first['images']:,} images of each"
+    yield setting, "images seen", "KID", "FD"
     for name, arm in f["arms"].items():
         distances = [f"{arm[d]['value']:.0f} ({interval(arm[d], digits=0)})" for d in ("KID", "FD")]
-        yield name, arm["minutes"], f"{arm['images_seen']:,}", *distances
+        yield name, f"{arm['images_seen']:,}", *distances
 
 
-TABLES = {"trials": trial_rows, "peers": peer_rows, "growth": growth_rows, "profile": profile_rows}
+TABLES = {"trials": trial_rows, "peers": peer_rows, "profile": profile_rows}
 TABLES |= {"scale": scale_rows, "classifier-table": classifier_rows, "classifier-peers": peer_classifier_rows}
 TABLES |= {"denoisers": denoiser_rows, "measure": measure_rows, "race": race_rows, "recipe": race_rows}
 

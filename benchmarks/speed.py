@@ -187,7 +187,7 @@ def ticks(minutes: float):
     """(step, share of the time that is over) until it is."""
     start = time.monotonic()
     step = 0
-    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
+    while minutes and (share := (time.monotonic() - start) / (60 * minutes)) < 1:
         yield step, share
         step += 1
 
@@ -206,13 +206,14 @@ def train_notebook(nb, args, images, prepare=None, **settings):
         length = max(step + 1, round(step / share)) if share > 0.02 else 10**6
         run.config = nb.replace(run.config, train_steps=length)
         nb.train_step(run, *nb.batch_at(step, images, args.batch, 0), alpha_bar)
-    return run.model, alpha_bar.cpu(), run.images_seen
+    return run.model, run.model, alpha_bar.cpu(), run.images_seen
 
 
 def train_peer(nb, args, images, peer, batch: int = 0, accumulate: int = 1):
     make, *how = peer
     made = make(args, *how)
     size = batch or args.batch
+    step = -1
     for step, _ in ticks(args.minutes):
         batches = [nb.batch_at(accumulate * step + k, images, size, 0) for k in range(accumulate)]
         update(made, batches)
@@ -222,7 +223,7 @@ def train_peer(nb, args, images, peer, batch: int = 0, accumulate: int = 1):
         return made.eps(x_t, t, y)
 
     eps.config = SimpleNamespace(num_classes=CLASSES)
-    return eps, made.alpha_bar.cpu(), (step + 1) * size * accumulate
+    return made.net, eps, made.alpha_bar.cpu(), (step + 1) * size * accumulate
 
 
 def group_norm(nb, run) -> None:
@@ -399,50 +400,66 @@ def scale(nb, args) -> dict:
     return {"images_per_second": rates, "gradient_bytes": gradient}
 
 
-def draw(nb, args, eps, alpha_bar, guidance: float) -> np.ndarray:
-    """uint8 images from the same noise for every arm, with 20 steps of the notebook's DPM-Solver++."""
-    y = (torch.arange(args.draws) % CLASSES).to(args.device)
-    parts = []
-    for k, part in enumerate(y.split(50)):
-        x_T = torch.randn(len(part), 3, 32, 32, generator=torch.Generator().manual_seed(k)).to(args.device)
+def draw(nb, args, eps, alpha_bar, guidance: float, path: Path) -> None:
+    """Draw uint8 images into `path`, 20 steps of the notebook's DPM-Solver++, from the same noise for every arm."""
+    from measure import save_array
+
+    drawn = np.load(path) if path.exists() else np.zeros((0, 3, 32, 32), np.uint8)
+    t = nb.timesteps(alpha_bar, 20)
+    while len(drawn) < args.draws:
+        x_T = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(len(drawn))).to(args.device)
+        y = (torch.arange(50) % CLASSES).to(args.device)
         with torch.inference_mode():
-            t = nb.timesteps(alpha_bar, 20)
-            x_0 = nb.solve(eps, x_T, part, t, alpha_bar, 0.0, 2, guidance, (0.3, 3))
-        parts.append(nb.to_uint8(x_0).cpu().numpy())
-        print(f"{(k + 1) * 50} drawn", flush=True)
-    return np.concatenate(parts)
+            x_0 = nb.solve(eps, x_T, y, t, alpha_bar, 0.0, 2, guidance, (0.3, 3))
+        drawn = np.concatenate([drawn, nb.to_uint8(x_0).cpu().numpy()])
+        nb.write_whole(path, functools.partial(save_array, drawn))
+        print(f"{path.stem}: {len(drawn)} drawn", flush=True)
 
 
 def equal_time(nb, args, arms: dict, name: str) -> dict:
-    """Train one arm for the same minutes, draw from it, and compare what every finished arm has drawn."""
-    from measure import features, frechet, kernel_distance, save_array, with_interval
-
+    """With an arm: train it for the same minutes, or go on from its end, and draw. Without: compare what all have drawn."""
     folder = Path(args.keep) / name
     folder.mkdir(parents=True, exist_ok=True)
     if args.arm:
-        images = images_of(nb, args, True).to(args.device)
         settings = {"guidance": (2,), **arms[args.arm]}
         guidances = settings.pop("guidance")
         train = train_peer if "peer" in settings else train_notebook
-        start = time.monotonic()
-        eps, alpha_bar, seen = train(nb, args, images, **settings)
-        facts = {"images_seen": seen, "minutes": round((time.monotonic() - start) / 60, 1), "machine": machine(args)}
+        trained = folder / f"{args.arm}.pt"
+        facts = {"minutes": args.minutes, "machine": machine(args)}
+        args.minutes *= not trained.exists()
+        net, eps, alpha_bar, seen = train(nb, args, images_of(nb, args, True).to(args.device), **settings)
+        if trained.exists():
+            saved = torch.load(trained, weights_only=True)
+            net.load_state_dict(saved["net"])
+            facts = saved["facts"]
+        else:
+            facts["images_seen"] = seen
+            nb.write_whole(trained, functools.partial(torch.save, {"net": net.state_dict(), "facts": facts}))
         if args.arm == "notebook":  # to be measured as one of the points of release.py progress
             nb.save_weights(folder / "notebook.safetensors", eps, facts)
         for guidance in guidances:
-            drawn = draw(nb, args, eps, alpha_bar, guidance)
-            key = f"{args.arm}, guidance {guidance}"
-            nb.write_whole(folder / f"{key}.npy", functools.partial(save_array, drawn))
-            (folder / f"{key}.json").write_text(json.dumps(facts))
+            path = folder / f"{args.arm}, guidance {guidance}.npy"
+            path.with_suffix(".json").write_text(json.dumps(facts))
+            draw(nb, args, eps, alpha_bar, guidance, path)
+        return {}
+    return compare(nb, args, folder, list(arms), name)
+
+
+def compare(nb, args, folder: Path, arms: list, name: str) -> dict:
+    """KID and FD to the test images of an equal number of images of every arm, and a picture of forty of each."""
+    from measure import features, frechet, kernel_distance, with_interval
+
+    files = sorted(folder.glob("*.npy"), key=lambda file: (arms.index(file.stem.rpartition(",")[0]), file.stem))
+    drawn = [torch.from_numpy(np.load(file)) for file in files]
+    least = min(map(len, drawn))
     reference = features(images_of(nb, args, False).images, args.device)
-    found, rows = {}, []
-    for file in sorted(folder.glob("*.npy"), key=lambda file: list(arms).index(file.stem.rpartition(",")[0])):
-        drawn = torch.from_numpy(np.load(file))
-        ours = features(drawn, args.device)
-        found[file.stem] = json.loads(file.with_suffix(".json").read_text()) | {"images": len(drawn)}
+    found = {}
+    for file, images in zip(files, drawn):
+        ours = features(images[:least], args.device)
+        found[file.stem] = json.loads(file.with_suffix(".json").read_text()) | {"images": least}
         found[file.stem]["KID"] = with_interval(kernel_distance, ours, reference[::2][:4000])
         found[file.stem]["FD"] = with_interval(frechet, ours, reference)
-        rows.append(drawn[:40].permute(2, 0, 3, 1).reshape(32, -1, 3))
+    rows = [images[:40].permute(2, 0, 3, 1).reshape(32, -1, 3) for images in drawn]
     sheet = nb.Image.fromarray(torch.cat(rows).numpy())
     sheet.resize((2 * sheet.width, 2 * sheet.height), nb.Image.Resampling.NEAREST).save(RESULTS / f"{name}.png")
     return {"arms": found}
@@ -453,13 +470,8 @@ def machine(args) -> dict:
     fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     name = torch.cuda.get_device_name() if args.device == "cuda" else cpu.get("cpu_name", "CPU")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    facts = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "precision": args.precision,
-        "torch": torch.__version__,
-    }
-    return facts | {"fast in bf16": fast, "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    facts = {"device": name, "threads": torch.get_num_threads(), "precision": args.precision, "fast in bf16": fast}
+    return facts | {"torch": str(torch.__version__), "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
 
 
 TASKS = {"peers": peers, "growth": growth, "profile": profile, "scale": scale}
@@ -474,8 +486,9 @@ def main() -> None:
     args.precision = args.precision or nb.precisions(args.device)[0]
     if args.what == "rate":
         return rate(nb, args)
-    measured = TASKS[args.what](nb, args) | {"batch": args.batch, "rounds": args.rounds, "machine": machine(args)}
-    keep(f"{args.what}{args.name and '-'}{args.name}", measured)
+    if measured := TASKS[args.what](nb, args):
+        measured |= {"batch": args.batch, "rounds": args.rounds, "machine": machine(args)}
+        keep(f"{args.what}{args.name and '-'}{args.name}", measured)
 
 
 if __name__ == "__main__":
