@@ -292,6 +292,7 @@ def peak(device: str, precision: str, batch: int) -> float:
 
 
 def peers(nb, args) -> dict:
+    args.draws = min(args.draws, 16)
     found = {"peak_gflops": round(peak(args.device, args.precision, args.batch), 1), "tasks": {}}
     made = {name: tasks(nb, args, peer) for name, peer in PEERS.items()}
     found["networks"] = {}
