@@ -125,9 +125,11 @@ def measure(nb, path: Path, args):
     drawn = None
     if args.images:
         start = time.time()
+        anew = not any(folder.glob("drawn-*"))
         drawn = draw(nb, model, args.images, args.steps, args.guidance, folder)
         found["drawn"] = {"images": len(drawn), "steps": args.steps, "guidance": args.guidance}
-        found["drawn"]["seconds"] = round(time.time() - start)
+        if anew:
+            found["drawn"]["seconds"] = round(time.time() - start)
         found["FID"] = literature_fid(drawn, test.images)
         reference = features(test.images, args.device)
         ours = features(drawn, args.device)
