@@ -148,10 +148,6 @@ def readme() -> None:
     measured = dict(facts.get("measured", {}))
     if (RESULTS / f"measure-{seen}.json").exists():
         measured |= json.loads((RESULTS / f"measure-{seen}.json").read_text())
-    table = json.loads((RESULTS / "classifier-table.json").read_text())
-    if table["images_seen"] == seen and table["images"] > measured.get("accuracy", {"images": 0})["images"]:
-        halved = table["arms"]["the notebook's rounds"]["successive halving"]
-        measured["accuracy"] = halved | {"images": table["images"]}
     rows = []
     if "accuracy" in measured:
         a = measured["accuracy"]
