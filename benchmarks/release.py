@@ -221,12 +221,6 @@ def put(path: Path, name: str, lines: list[str]) -> None:
 
 
 # The tables of benchmarks/README.md: what a file of results/ becomes, its head first.
-def trial_rows(f):
-    yield "trial", "images seen", "KID", f"noise MSE at σ = {', '.join(map(str, f['mse at sigma']))}"
-    for name, row in f["trials"].items():
-        yield name, f"{row['images_seen']:,}", row["KID"], ", ".join(map(str, row.get("mse", [])))
-
-
 def on(f) -> str:
     m = f["machine"]
     return f"{m['device']}, {m['threads']} threads, {m['precision']}{', fast in bf16' * m['fast in bf16']}"
@@ -258,7 +252,7 @@ def scale_rows(f):
 def classifier_rows(f):
     yield "rounds", "labels", "evaluations", "accuracy", "95 %"
     for place, arms in f["arms"].items():
-        for row in (arms["successive halving"], *arms["all labels"][4::5]):
+        for row in (arms["successive halving"], *arms["all labels"][4:10:5]):
             labels = "halved" if row is arms["successive halving"] else "all"
             yield place, labels, row["evaluations"], f"{row['value']:.1%}", interval(row, 100)
 
@@ -295,9 +289,18 @@ def race_rows(f):
         yield name, f"{arm['images_seen']:,}", *distances
 
 
-TABLES = {"trials": trial_rows, "peers": peer_rows, "profile": profile_rows}
+def recipe_rows(f):
+    yield "on", "minutes", "part", "images seen", "KID"
+    for name, arm in f["arms"].items():
+        machine = on(arm) if "machine" in arm else f["on"]
+        spread = f" ({interval(arm['KID'], digits=0)})" if "interval" in arm["KID"] else ""
+        part = name.removesuffix(", guidance 2")
+        yield machine, f"{arm['minutes']:g}", part, f"{arm['images_seen']:,}", f"{arm['KID']['value']:.0f}{spread}"
+
+
+TABLES = {"peers": peer_rows, "profile": profile_rows}
 TABLES |= {"scale": scale_rows, "classifier-table": classifier_rows, "classifier-peers": peer_classifier_rows}
-TABLES |= {"denoisers": denoiser_rows, "measure": measure_rows, "race": race_rows, "recipe": race_rows}
+TABLES |= {"denoisers": denoiser_rows, "measure": measure_rows, "race": race_rows, "recipe": recipe_rows}
 
 
 def remake() -> None:
