@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from release import images_of, keep, loader, options, share
+from release import fingerprint, images_of, keep, loader, options, share
 
 PART = 4
 
@@ -57,8 +57,7 @@ def table(nb, args) -> dict:
     model = nb.load_weights(args.weights, args.device)
     test = images_of(nb, args, False)
     images = test.subset(args.images, seed=2).to(args.device)
-    sha = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:12]
-    folder = Path(args.keep) / sha
+    folder = Path(args.keep) / fingerprint(model)
     truth = images.labels.cpu()
     k = model.config.num_classes
     arms = {}
@@ -75,7 +74,8 @@ def table(nb, args) -> dict:
     ours = arms["the notebook's rounds"]["successive halving"]
     rivals = arms["evenly in the linear t"]["all labels"]
     equal = next((r["evaluations"] for r in rivals if r["value"] >= ours["value"]), None)
-    found = {"images": len(images), "images_seen": model.facts["images_seen"], "source": test.source, "weights": sha}
+    found = {"images": len(images), "images_seen": model.facts["images_seen"], "source": test.source}
+    found["weights"] = folder.name
     return found | {"arms": arms, "linear t needs": equal or f"more than {rivals[-1]['evaluations']}"}
 
 

@@ -6,15 +6,13 @@
 Every method gets the same noisy images, neither clipped nor rounded, and the true sigma.
 """
 
-import hashlib
 import json
 import time
-from pathlib import Path
 
 import bm3d
 import numpy as np
 import torch
-from release import RESULTS, images_of, loader, options
+from release import RESULTS, fingerprint, images_of, loader, options
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
 KEPT = RESULTS / "denoisers.json"
@@ -52,7 +50,7 @@ def main() -> None:
     model = nb.load_weights(args.weights)
     test = images_of(nb, args, False).subset(args.images, seed=6)
     tuning = nb.to_unit(images_of(nb, args, True).subset(24, seed=3).images)
-    sha = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:12]
+    sha = fingerprint(model)
     facts = json.loads(KEPT.read_text()) if KEPT.exists() else {"methods": {}}
     if facts.get("weights") != sha:  # what does not depend on the weights is kept
         facts["methods"] = {name: rows for name, rows in facts["methods"].items() if "diffusion" not in name}

