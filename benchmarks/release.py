@@ -301,8 +301,8 @@ def recipe_rows(f):
     for name, arm in f["arms"].items():
         machine = on(arm) if "machine" in arm else f["on"]
         spread = f" ({interval(arm['KID'], digits=0)})" if "interval" in arm["KID"] else ""
-        seen, distance = f"{arm['images_seen']:,}", f"{arm['KID']['value']:.0f}{spread}"
-        yield machine, f"{arm['minutes']:g}", name.removesuffix(", guidance 2"), seen, distance
+        part = name.removesuffix(", guidance 2")
+        yield machine, f"{arm['minutes']:g}", part, f"{arm['images_seen']:,}", f"{arm['KID']['value']:.0f}{spread}"
 
 
 TABLES = {"peers": peer_rows, "profile": profile_rows}
