@@ -24,6 +24,7 @@ WRONG = [
     (dict(T=100, schedule="linear"), "T = 100 must be at least 500 with the linear schedule"),
     (dict(image_shape=(3, 33, 32)), r"image_shape = \(3, 33, 32\) must be divisible by 2"),
     (dict(sampling_steps=2000), "sampling_steps = 2000 must be at most T"),
+    (dict(label_drop=0), "label_drop = 0.0 must be above 0"),
     (dict(weights="none.safetensors"), "there is no file 'none.safetensors'"),
 ]
 
