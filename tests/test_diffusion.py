@@ -1,5 +1,6 @@
 """Schedules, noising, embedding, solvers, denoiser and classifier: against diffusers and against exact mathematics."""
 
+import itertools
 import signal
 
 import diffusers
@@ -316,6 +317,27 @@ def test_successive_halving_by_hand(nb, k):
         assert [label] == left
 
 
+def test_label_errors_of_large_images_come_in_batches_that_fit(nb):
+    """And are those of one image under one label at a time, with the mirrored pair written out."""
+    sizes = []
+
+    def model(x_t, t, y):
+        sizes.append(len(y))
+        return x_t * (y.view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000) / 5
+
+    model.config = nb.make_config("smoke", device="cpu")
+    x_0 = torch.rand(2, 1, 400, 410, generator=dice(0)) * 2 - 1
+    labels = torch.tensor([[0, 3, 4, 9], [1, 2, 3, 4]])
+    errors = nb.label_errors(model, x_0, labels, 700, seed=3)
+    assert max(sizes) == 3 and sum(sizes) == 16
+    eps = torch.randn(1, 1, 400, 410, generator=dice(3))
+    a = nb.make_schedule(model.config)[700]
+    for b, k in itertools.product(range(2), range(4)):
+        pair = ((x_0[b], eps[0]), (x_0[b].flip(2), -eps[0].flip(2)))
+        off = [(a.sqrt() * x + (1 - a).sqrt() * e) * (labels[b, k] + 0.7) / 5 - e for x, e in pair]
+        assert errors[b, k].item() == pytest.approx(torch.stack(off).square().mean().item(), rel=1e-4)
+
+
 def test_a_stopped_evaluation_goes_on_and_one_of_other_weights_or_images_is_refused(nb, tiny, tmp_path, monkeypatch):
     model = nb.UNet(nb.replace(tiny, num_classes=2)).eval()
     torch.nn.init.normal_(model.out.weight, std=0.1)
@@ -332,6 +354,7 @@ def test_a_stopped_evaluation_goes_on_and_one_of_other_weights_or_images_is_refu
         return original(model, x_0, **settings)
 
     monkeypatch.setattr(nb, "classify", counted)
+    monkeypatch.setitem(nb.BAR, "disable", True)  # as TQDM_DISABLE=1 does
     assert len(nb.evaluate_classifier(model, images, path, part=10).labels) == 10 and asked == [10]
     for _ in range(2):  # the second time nothing is left to do
         whole = nb.evaluate_classifier(model, images, path, part=10)

@@ -158,6 +158,8 @@ def test_training_goes_on_from_given_weights_on_images_and_a_network_that_fit(nb
     for other in (dict(embed_dim=64), dict(attention=()), dict(schedule="linear")):
         with pytest.raises(ValueError, match=f"made with {next(iter(other))} = "):
             nb.train(nb.replace(tiny, **other), images_of(nb), init=start)
+    with pytest.raises(ValueError, match="weights: made with flip = True, not False"):  # used as they are
+        nb.train(nb.replace(tiny, flip=False, weights="x", train_steps=0), images_of(nb), init=start)
     for images in (images_of(nb, shape=(3, 16, 16)), images_of(nb, classes=3)):
         with pytest.raises(ValueError, match="the images do not fit"):
             nb.train(tiny, images)

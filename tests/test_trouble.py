@@ -120,6 +120,10 @@ print("BACKWARDS")
 for number in reversed(range(len(cells))):
     run(number)
 module.config = module.make_config("smoke", device="cpu")  # settings changed, section 2 not run again
+first, last = (next(n for n, cell in enumerate(cells) if word in cell) for word in ("first-samples", "confusion"))
+for number in range(first, last + 1):
+    run(number)
+print(tuple(module.drawn.shape[1:]), "drawn after section 1 again")
 try:
     module.train(module.config, module.train_set)
 except ValueError as error:
@@ -145,6 +149,7 @@ def test_few_images_odd_names_two_runs_and_every_cell_again_in_reverse_order(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr and "second run ended with 1" in done.stdout
     assert "run_dir = 'runs' is used by another run: end it, or name another folder" in done.stderr
+    assert "(3, 8, 8) drawn after section 1 again" in done.stdout
     assert done.stdout.strip().endswith("the images do not fit config: run section 2 again")
     text = (tmp_path / "runs" / "results.json").read_text(encoding="utf-8")
     assert "NaN" not in text and json.loads(text)["config"]["num_classes"] == 2
@@ -168,10 +173,12 @@ def test_a_run_dir_that_cannot_be_written_is_named_and_what_a_killed_run_left_go
     left = tmp_path / "runs" / "smoke" / "checkpoint.pt.123.part"
     left.parent.mkdir(parents=True)
     left.write_text("half a checkpoint")
+    theirs = tmp_path / "runs" / "film.mkv.part"
+    theirs.write_text("not ours")
     held = nb.lock_run_dir(tmp_path / "runs")
     held = nb.lock_run_dir(tmp_path / "runs")  # the cell run again
     assert held.is_locked
-    assert not left.exists()
+    assert theirs.exists() and not left.exists()
 
 
 # --------------------------------------------------------------------------------------------- 8 killed runs
