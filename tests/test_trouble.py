@@ -173,7 +173,7 @@ def test_a_run_dir_that_cannot_be_written_is_named_and_what_a_killed_run_left_go
     left = tmp_path / "runs" / "smoke" / "checkpoint.pt.123.part"
     left.parent.mkdir(parents=True)
     left.write_text("half a checkpoint")
-    theirs = tmp_path / "runs" / "film.mkv.part"
+    theirs = tmp_path / "runs" / "film.2024.mkv.part"
     theirs.write_text("not ours")
     held = nb.lock_run_dir(tmp_path / "runs")
     held = nb.lock_run_dir(tmp_path / "runs")  # the cell run again
