@@ -24,7 +24,7 @@ def methods(nb, model) -> dict:
     one = bm3d.BM3DProfile()
     one.num_threads = 1  # twice as fast on one core, and the same to six digits
     some = {
-        "non-local means": lambda x, s, k: denoise_nl_means(x, 3, 5, k * s, sigma=s, channel_axis=2),
+        "non-local means": lambda x, s, k: denoise_nl_means(x, 3, 7, k * s, sigma=s, channel_axis=2),
         "total variation": lambda x, s, k: denoise_tv_chambolle(x, k * s, channel_axis=2),
         "BM3D": lambda x, s, k: bm3d.bm3d_rgb(x, k * s, one),
     }

@@ -194,7 +194,8 @@ def readme() -> None:
 
 def progress() -> None:
     """assets/progress.png: what measure.py has found, against images seen, and images drawn from the same noise."""
-    found = [json.loads(file.read_text()) | {"file": file} for file in RESULTS.glob("measure-*.json")]
+    files = [file for file in RESULTS.glob("measure-*.json") if file.with_suffix(".png").exists()]
+    found = [json.loads(file.read_text()) | {"file": file} for file in files]
     points = {point["images_seen"]: point for point in sorted(found, key=lambda point: point["images_seen"])}
     fig = plt.figure(figsize=(8.5, 2.4 + 1.75 * len(points)), layout="constrained", dpi=110)
     curves, grids = fig.subfigures(2, 1, height_ratios=(2.4, 1.75 * len(points)))
