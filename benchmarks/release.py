@@ -204,11 +204,12 @@ def progress() -> None:
         some = {seen: entry if isinstance(entry, dict) else {"value": entry} for seen, entry in some.items()}
         values = np.array([entry["value"] for entry in some.values()])
         ends = np.array([entry.get("interval", [entry["value"]] * 2) for entry in some.values()]).reshape(-1, 2).T
-        ax.errorbar(list(some), values, abs(ends - values), fmt="o-", ms=4, capsize=3)
+        ax.errorbar(list(some), values, abs(ends - values), fmt="o:", ms=4, capsize=3)
         ax.set(xlabel="images seen", xscale="log", title={"noise_mse": "test noise MSE"}.get(name, name))
         ax.set(yscale="log" if name == "KID" else "linear")
         ax.set_xticks([1e4, 1e5, 1e6], ["10k", "100k", "1M"])
         ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
     for ax, (seen, point) in zip(np.atleast_1d(grids.subplots(len(points), 1)), points.items()):
         ax.imshow(plt.imread(point["file"].with_suffix(".png")), interpolation="none")
         ax.set_title(f"{seen:,} images seen", fontsize=9, loc="left")
@@ -298,8 +299,9 @@ def recipe_rows(f):
     for name, arm in f["arms"].items():
         machine = on(arm) if "machine" in arm else f["on"]
         spread = f" ({interval(arm['KID'], digits=0)})" if "interval" in arm["KID"] else ""
+        minutes = f"{arm['minutes']:g}" if "minutes" in arm else ""
         part = name.removesuffix(", guidance 2")
-        yield machine, f"{arm['minutes']:g}", part, f"{arm['images_seen']:,}", f"{arm['KID']['value']:.0f}{spread}"
+        yield machine, minutes, part, f"{arm['images_seen']:,}", f"{arm['KID']['value']:.0f}{spread}"
 
 
 TABLES = {"peers": peer_rows, "profile": profile_rows}

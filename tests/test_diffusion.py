@@ -262,8 +262,9 @@ def test_denoise_refuses_what_cannot_be(nb, gaussian):
     for sigma in (0, -1, 25):
         with pytest.raises(ValueError, match="sigma = .* must be above 0"):
             nb.denoise(gaussian, noisy, sigma)
-    with pytest.raises(ValueError, match="float tensor"):
-        nb.denoise(gaussian, noisy.byte(), 0.1)
+    for other in (noisy.byte(), noisy.double(), noisy.numpy()):
+        with pytest.raises(ValueError, match="float32 tensor"):
+            nb.denoise(gaussian, other, 0.1)
 
 
 def test_a_picture_in_tiles_is_the_posterior_mean_everywhere(nb, gaussian):

@@ -161,7 +161,8 @@ def test_the_committed_notebook_was_run_from_top_to_bottom_with_the_committed_re
         values = ", ".join(f"{v:.4g}" for v in np.atleast_1d(entry["value"]))
         if "interval" in entry:
             values += " (95 %: {:.2f} to {:.2f})".format(*entry["interval"])
-        assert f"| {name} | {values} | {entry['images']} |" in said
+        where = "".join(f", {knob} {entry[knob]}" for knob in ("steps", "sigma") if knob in entry)
+        assert f"| {name}{where} | {values} | {entry['images']} |" in said
         assert entry["source"] in said and entry["weights"] == report["weights"] and entry["device"] == "cpu"
     assert report["training"] == nb.load_weights(ROOT / "assets" / "unet-cifar10.safetensors").facts
 

@@ -253,6 +253,16 @@ def test_resuming_counts_what_was_seen_and_adopts_the_precision_of_the_checkpoin
         nb.train(tiny, images_of(nb), resume=True)
 
 
+def test_resuming_on_other_images_or_from_other_weights_is_refused(nb, tiny):
+    images = images_of(nb)
+    nb.save_checkpoint(nb.checkpoint_path(tiny), nb.train(nb.replace(tiny, train_steps=3), images))
+    with pytest.raises(ValueError, match="is of .*, not of other images: set resume = False"):
+        nb.train(tiny, nb.replace(images, source="other images"), resume=True)
+    for name, value in (("weights", "mine.safetensors"), ("test_images", 7)):
+        with pytest.raises(ValueError, match=f"made with {name} = "):
+            nb.train(nb.replace(tiny, **{name: value}), images, resume=True)
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("where", ["stem.weight", "middle.0.conv1.weight"])  # AdamW's and Muon's
 def test_in_fp16_a_step_with_an_infinite_gradient_is_skipped_and_the_scale_falls(nb, tiny, where, value):
@@ -360,3 +370,12 @@ def test_compile_falls_back_when_there_is_no_compiler(nb, tiny, capsys, monkeypa
     monkeypatch.setattr(torch, "compile", lambda model: refuse)
     assert type(nb.compiled(nb.UNet(tiny), *nb.batch_at(0, images_of(nb), 2, 0))) is nb.UNet
     assert "torch.compile does not work here" in capsys.readouterr().out
+
+
+def test_a_batch_too_large_for_the_gpu_is_not_taken_for_a_missing_compiler(nb, tiny, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda model: refuse)
+    with pytest.raises(ValueError, match="2 images do not fit into the GPU's memory: lower batch_size"):
+        nb.compiled(nb.UNet(tiny), *nb.batch_at(0, images_of(nb), 2, 0))

@@ -173,12 +173,13 @@ def test_a_run_dir_that_cannot_be_written_is_named_and_what_a_killed_run_left_go
     left = tmp_path / "runs" / "smoke" / "checkpoint.pt.123.part"
     left.parent.mkdir(parents=True)
     left.write_text("half a checkpoint")
-    theirs = tmp_path / "runs" / "film.2024.mkv.part"
-    theirs.write_text("not ours")
+    theirs = [left.parent / name for name in ("film.2024.mkv.part", "film.2024.part", "backup.7z.001.part")]
+    for path in theirs:
+        path.write_text("not ours")
     held = nb.lock_run_dir(tmp_path / "runs")
     held = nb.lock_run_dir(tmp_path / "runs")  # the cell run again
     assert held.is_locked
-    assert theirs.exists() and not left.exists()
+    assert all(path.exists() for path in theirs) and not left.exists()
 
 
 # --------------------------------------------------------------------------------------------- 8 killed runs
