@@ -3,9 +3,8 @@
 python benchmarks/release.py train --init FILE   # a plateau in runs/plateau: from weights, or from nothing without --init
 python benchmarks/release.py train               # goes on from its checkpoint, as often as it is stopped (Ctrl-C)
 python benchmarks/release.py fall --out FILE     # a branch: 200 steps with the rate falling to 0; the plateau stays
-python benchmarks/release.py standin             # assets/standin.png, drawn by the shipped weights
-python benchmarks/release.py progress            # assets/progress.png, from what measure.py has found
-python benchmarks/release.py all                 # executes the notebook, then assets, results.json and README
+python benchmarks/release.py all                 # executes the notebook, and makes assets and README's tables anew
+python benchmarks/release.py readme              # the tables only
 """
 
 import argparse
@@ -130,8 +129,8 @@ def slopes(nb, model, images) -> dict:
     return found | {"mse": [round(v, 5) for v in mse.mean(1).tolist()]}
 
 
-def standin(nb, args, columns: int = 36) -> None:
-    """A sheet of drawn images, a row for every class."""
+def standin(nb, columns: int = 36) -> None:
+    """assets/standin.png: images drawn by the shipped weights, a row for every class."""
     model = nb.load_weights(ROOT / "assets" / "unet-cifar10.safetensors")
     dice = torch.Generator().manual_seed(0)
     rows = []
@@ -310,7 +309,9 @@ TABLES |= {"denoisers": denoiser_rows, "measure": measure_rows, "race": race_row
 
 
 def remake() -> None:
-    """Execute the notebook in place, and copy what README and the next run show of it."""
+    """Execute the notebook in place, and make anew what README and the next run show."""
+    standin(loader.load())
+    progress()
     path = ROOT / "DiffusionModel.ipynb"
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(ROOT)}}
@@ -323,14 +324,13 @@ def remake() -> None:
 
 
 def main() -> None:
-    alone = {"progress": progress, "all": remake, "readme": readme}
-    with_notebook = {"train": train, "fall": fall, "standin": standin}
+    commands = {"train": train, "fall": fall, "all": remake, "readme": readme}
     plan = dict(init="", run="runs/plateau", rate=2e-3, batch=128, steps=200, out="runs/fallen.safetensors")
-    args = options(__doc__, "what", (*with_notebook, *alone), **plan)
-    if args.what in alone:
-        alone[args.what]()
+    args = options(__doc__, "what", tuple(commands), **plan)
+    if args.what in ("train", "fall"):
+        commands[args.what](loader.load(), args)
     else:
-        with_notebook[args.what](loader.load(), args)
+        commands[args.what]()
 
 
 if __name__ == "__main__":

@@ -436,7 +436,7 @@ def equal_time(nb, args, arms: dict, name: str) -> dict:
         else:
             facts["images_seen"] = seen
             nb.write_whole(trained, functools.partial(torch.save, {"net": net.state_dict(), "facts": facts}))
-        if args.arm == "notebook":  # to be measured as one of the points of release.py progress
+        if args.arm == "notebook":  # to be measured as one of the points of assets/progress.png
             nb.save_weights(folder / "notebook.safetensors", eps, facts)
         for guidance in guidances:
             path = folder / f"{args.arm}, guidance {guidance}.npy"
